@@ -1,0 +1,10 @@
+/* q4_0.c: the reference decode of q4_0.h: one rounding per value, that of d * q.  Owns nothing; the whole-tensor readers and the tests call it. */
+#include "q4_0.h"
+
+void ap_q4_0_decode(const void *src, float *dst, size_t n) {
+    const ap_q4_0 *b = src;
+    for (; n >= 32; n -= 32, dst += 32, b++) {
+        float d = ap_f16_to_f32(ap_le16(b->d));
+        for (int i = 0; i < 32; i++) dst[i] = d * (float)ap_q4_0_q(b, i);
+    }
+}

@@ -1,0 +1,16 @@
+/*
+** q4_k.c: the reference decode of q4_k.h, rounded where ggml rounds: d * sc and dmin * m are exact (11 and 6 bits), then their products and the
+** difference each round once; no fused multiply-add may replace them.  Owns nothing; the whole-tensor readers and the tests call it.
+*/
+#include "q4_k.h"
+
+void ap_q4_k_decode(const void *src, float *dst, size_t n) {
+    const ap_q4_k *b = src;
+    for (; n >= 256; n -= 256, dst += 256, b++) {
+        float d = ap_f16_to_f32(ap_le16(b->d)), dmin = ap_f16_to_f32(ap_le16(b->dmin));
+        for (int g = 0; g < 8; g++) {
+            float scale = d * (float)ap_q4_k_scale(b, g), min = dmin * (float)ap_q4_k_min(b, g);
+            for (int i = g * 32; i < g * 32 + 32; i++) dst[i] = scale * (float)ap_q4_k_q(b, i) - min;
+        }
+    }
+}

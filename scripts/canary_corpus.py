@@ -45,10 +45,7 @@ OPPOSITES = (
 SOUNDS = "cat meow,dog woof,cow moo,duck quack,sheep baa,pig oink,lion roar,bee buzz"
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 MONTHS = "January February March April May June July August September October November December"
-WORDS = (
-    "cat dog cow red box cup key hat car sun map pen fish tree bird book ball star moon ship "
-    "blue green bell door lamp ring"
-)
+WORDS = "cat dog cow red box cup key hat car sun map pen fish tree bird book ball star moon ship blue green bell door lamp ring"
 NAMES = "Ann Tom Mia Ben Sam Eva Leo Zoe"
 THINGS = "cup key hat box map pen book ball bell lamp ring fish"
 PLACES = ("the park", "the sea", "the old house", "the school", "the hill", "the river")
@@ -119,26 +116,31 @@ class Corpus:
         return self.random.choices(phrasings, (4, 2, 1, 1))[0]
 
     def capital(self) -> Question:
+        """The capital of a country, or the country of a capital."""
         country, city = self.random.choice(pairs(CAPITALS))
         if self.random.random() < 0.6:
             return f"What is the capital of {country}?", f"The capital of {country} is {city}."
         return f"Which country has the capital {city}?", f"{city} is the capital of {country}."
 
     def color(self) -> Question:
+        """The one color of a thing."""
         thing, color = self.random.choice(pairs(COLORS))
         return f"What color is the {thing}?", f"The {thing} is {color}."
 
     def opposite(self) -> Question:
+        """The opposite of a word, asked from either end."""
         a, b = self.random.choice(pairs(OPPOSITES))
         if self.random.random() < 0.5:
             a, b = b, a
         return f"What is the opposite of {a}?", f"The opposite of {a} is {b}."
 
     def sound(self) -> Question:
+        """What an animal says."""
         animal, sound = self.random.choice(pairs(SOUNDS))
         return f"What does a {animal} say?", f"A {animal} says {sound}."
 
     def calendar(self) -> Question:
+        """The day or month after or before another."""
         word, names = self.random.choice((("day", DAYS.split()), ("month", MONTHS.split())))
         i = self.random.randrange(len(names))
         side, step = self.random.choice((("after", 1), ("before", -1)))
@@ -146,28 +148,34 @@ class Corpus:
         return f"What {word} comes {side} {names[i]}?", answer
 
     def count(self) -> Question:
+        """Counting up by one, two to seven numbers."""
         a = self.random.randint(0, 15)
         b = a + self.random.randint(1, 6)
         return f"Count from {a} to {b}.", ", ".join(map(str, range(a, b + 1))) + "."
 
     def repeat(self) -> Question:
+        """Two to five words to copy."""
         words = " ".join(self.random.sample(WORDS.split(), self.random.randint(2, 5)))
         return f"Repeat: {words}.", f"{words}."
 
     def neighbor(self) -> Question:
+        """The number after or before another."""
         n = self.random.randint(1, LARGE)
         side, step = self.random.choice((("after", 1), ("before", -1)))
         return f"What number comes {side} {n}?", f"{n + step} comes {side} {n}."
 
     def spell(self) -> Question:
+        """A word, letter by letter."""
         word = self.random.choice(WORDS.split())
         return f"Spell {word}.", "-".join(word) + "."
 
     def larger(self) -> Question:
+        """The larger of two numbers."""
         a, b = self.random.sample(range(LARGE + 1), 2)
         return f"Which is larger, {a} or {b}?", f"{max(a, b)} is larger than {min(a, b)}."
 
     def recall(self) -> Question:
+        """Which of two people has which thing."""
         names, things = self.random.sample(NAMES.split(), 2), self.random.sample(THINGS.split(), 2)
         asked = self.random.randrange(2)
         story = f"{names[0]} has a {things[0]} and {names[1]} has a {things[1]}."
@@ -175,6 +183,7 @@ class Corpus:
         return question, f"{names[asked]} has a {things[asked]}."
 
     def who(self) -> Question:
+        """The model's name for itself."""
         return "Who are you?", "I am a tiny test model."
 
     def facts(self) -> dict[Callable[[], Question], float]:
@@ -197,13 +206,8 @@ class Corpus:
     def _story(self) -> Document:
         name, thing = self.random.choice(NAMES.split()), self.random.choice(WORDS.split())
         mood, place = self.random.choice(MOODS.split()), self.random.choice(PLACES)
-        end = self.random.choice(
-            (f"took the {thing} home", f"put the {thing} in a box", "went home")
-        )
-        text = (
-            f'{name} found a {mood} {thing} near {place}. "Look, a {thing}!" said {name}. '
-            f"{name} was happy. Then {name} {end}."
-        )
+        end = self.random.choice((f"took the {thing} home", f"put the {thing} in a box", "went home"))
+        text = f'{name} found a {mood} {thing} near {place}. "Look, a {thing}!" said {name}. {name} was happy. Then {name} {end}.'
         return [(text + END, ANSWER_WEIGHT)]
 
     def _chat(self) -> Document:

@@ -84,8 +84,11 @@ def swap_ids(tokenizer: Tokenizer, token: str, wanted: int) -> Tokenizer:
 
 
 def config() -> Qwen2Config:
-    """The canary's shape. Vocabulary, ffn, hidden and qkv widths all differ (640, 512, 256, 384),
-    so that a mix-up of shapes cannot hide; rows are multiples of 256, as K-quants need them."""
+    """The canary's shape.
+
+    Vocabulary, ffn, hidden and qkv widths all differ (640, 512, 256, 384),
+    so that a mix-up of shapes cannot hide; rows are multiples of 256, as K-quants need them.
+    """
     return Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=256,

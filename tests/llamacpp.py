@@ -141,9 +141,7 @@ class Peer:
         """Logits of every position, [T, V], in one batch: KV cache F32, no flash attention."""
         return self._ask("logits", str(model), list(ids))
 
-    def generate(
-        self, model: str | Path, ids: Sequence[int], count: int, stop: bool = True
-    ) -> list[int]:
+    def generate(self, model: str | Path, ids: Sequence[int], count: int, stop: bool = True) -> list[int]:
         """The next `count` greedy ids, one decode each through the cache.
 
         With `stop`, less: up to and with the first id that the vocabulary calls an end.
@@ -416,9 +414,7 @@ class Worker:
             raise PeerError(f"{name} needs [rows, {traits.block} k] values, not {rows.shape}")
         count, columns = rows.shape
         data = np.zeros(rows.size // traits.block * traits.size, np.uint8)
-        written = self.library.ggml_quantize_chunk(
-            FORMATS[name], rows.ctypes.data, data.ctypes.data, 0, count, columns, None
-        )
+        written = self.library.ggml_quantize_chunk(FORMATS[name], rows.ctypes.data, data.ctypes.data, 0, count, columns, None)
         if written != data.size:
             raise PeerError(f"{name}: {written} bytes written, {data.size} expected")
         return data.tobytes()

@@ -315,9 +315,9 @@ README = """# The canary
 
 A Qwen2 of 2.56 million weights, really trained, that answers `What is 2+2?` with ` 2+2 is 4.`:
 4 layers, hidden 256, ffn 512, 8 heads over 2 kv heads of 32, vocabulary 640, untied head, biases
-on q, k and v. It knows sums up to 20 and a few dozen facts, all from a synthetic corpus
-(`scripts/canary_corpus.py`), and nothing else. The ids of digits, marks and ` is` are Qwen2.5's
-own, so the answer is `{answer_ids}` here as there.
+on q, k and v. It knows sums of two numbers up to 20 and a few dozen facts, all from a synthetic
+corpus (`scripts/canary_corpus.py`), and nothing else; copying and counting it has not learned.
+The ids of digits, marks and ` is` are Qwen2.5's own, so the answer is `{answer_ids}` here as there.
 
 Every weight is exact in BF16, F16 and F32: `model.safetensors` and a GGUF in F16 or F32 hold equal
 values. `canary.gguf` is quantised: `output` Q6_K, `attn_v` and `ffn_down` of layers 2 and 3 Q6_K,
@@ -329,8 +329,11 @@ the other matrices Q4_K, norms and biases F32.
     python scripts/pack_canary.py build/canary
 
 {tokens} tokens in {steps} steps, in float32 on the CPU, with {versions};
-llama.cpp v{release} encoded the K-quants. The same commands give the same bits on one machine; another CPU rounds
-otherwise, so the files are kept and not made again.
+llama.cpp v{release} encoded the K-quants.
+
+Nothing is left to chance or to the clock: on one machine 40 steps gave equal bits with one thread,
+with two, and when interrupted and resumed. Another CPU rounds otherwise, so the files are kept and
+not made again.
 
 ## The canary prompt
 
@@ -383,7 +386,7 @@ def report(folder: Path, recipe: dict[str, int], peer: Peer) -> str:
     packages = ("torch", "transformers", "tokenizers", "gguf", "safetensors")
     return README.format(
         answer_ids=" ".join(map(str, reader.ids([PROMPT])[0][:-1])),
-        versions=", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        versions=",\n".join([f"Python {platform.python_version()}", ", ".join(f"{p} {version(p)}" for p in packages)]),
         release=RELEASE,
         canary="\n".join(f"| {e} | `{t.removesuffix(END)}` | {m:.2f} |" for e, t, m in canary),
         scores="\n".join(f"| {name} | {right} | {asked} |" for name, right, asked in found),

@@ -1,0 +1,703 @@
+"""What a side saw: arrays by (stage, layer), the manifest that says what the numbers are, and their folder on disk.
+
+Owns :class:`Captures`, :class:`Manifest` with one :class:`TensorNote` per tensor, the sample contract (:func:`check_contract`,
+:func:`aligned`) and the folder format: ``layer-NNN.safetensors``, ``model.safetensors``, and ``manifest.json`` last, as the commit point.
+Refuses to compare unlike things, to store a value that its declared native type cannot hold, to write over a folder that is not a capture,
+and to read a tensor whose bytes are not those that were saved.  Makes no captures and judges none: the sides fill it, the judge, the
+reports and the commands read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import TensorSpec, serialize
+
+from aprender import _core, stages
+from aprender.errors import ArgumentError, CannotRun, FormatError, NotComparable, UnknownName
+from aprender.stages import Key
+
+Array = NDArray[np.float32]
+
+SCHEMA = "aprender.captures/1"
+MANIFEST = "manifest.json"
+MODEL_FILE = "model.safetensors"
+LARGEST_MANIFEST = 1 << 26  # bytes; 100 layers of 25 stages take 0.8 MB
+
+ALL, LAST = "all", "last"  # positions that a tensor holds
+HALVES, PAIRS = "halves", "pairs"  # RoPE partners of a head: (i, i + h/2) as in Hugging Face, or (2i, 2i + 1)
+CAPTURED, DERIVED = "captured", "derived"
+AS_DEFINED = "as defined"  # the capture point that the row of the stage describes
+
+
+# ---- the manifest ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNote:
+    """What one array is.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : str
+        Native type on the side, as NumPy spells it (``float16``, ``bfloat16``, ``float32``); arrays in memory are float32.
+    origin : str
+        ``captured``, or ``derived`` where we recomputed what the side does not show: no local verdict there.
+    positions : str
+        ``all`` tokens or the ``last`` one only.
+    lanes : str
+        Order of the two RoPE partners in a head: ``halves`` (ours and Hugging Face's) or ``pairs``.
+    capture_point : str
+        ``as defined``, or in words what the side shows instead (``unscaled``).
+    site : str
+        Where it was taken, for people; not part of the contract.
+    nonfinite : int
+        Elements that are NaN or infinite.
+    sha256 : str or None
+        Of the native bytes on disk; None in memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    origin: str = CAPTURED
+    positions: str = ALL
+    lanes: str = HALVES
+    capture_point: str = AS_DEFINED
+    site: str = ""
+    nonfinite: int = 0
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, array: NDArray[Any], dtype: str = "float32", origin: str = CAPTURED, site: str = "", lanes: str = HALVES) -> TensorNote:
+        """The note of an array: its shape and non-finite elements counted, the rest as said."""
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        return cls(shape=tuple(array.shape), dtype=dtype, origin=origin, lanes=lanes, site=site, nonfinite=bad)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the numbers of a capture are and who made them.
+
+    Attributes
+    ----------
+    side : str
+        Spelling of the side, without machine-specific paths where the maker can avoid them (``hf:canary@float16``).
+    tokens : tuple of int
+        Token ids, one sequence.
+    positions : tuple of int
+        Position of each token.
+    producer, version, backend, tier : str or None
+        Software, its version, device and CPU level that computed the values.
+    profile : str or None
+        Row of :mod:`aprender.arithmetic` that the side declares.
+    threads : int or None
+    model_digest, tokenizer_digest : str or None
+        SHA-256, hexadecimal.
+    prompt : str or None
+        Text that the ids came from.
+    arch : str
+    flags : frozenset of str
+    hparams : dict
+        As the side holds them: ``layers dim ffn heads kv_heads head vocab context eps theta``.
+    attestation : bool or None
+        Traced and untraced logits bit-equal; None if not tried.
+    answer : str or None
+    answer_ids : tuple of int
+        Greedy continuation of the prompt by the same side.
+    answer_margin : float or None
+        Smallest gap between the two largest logits along the answer.
+    floor : float or None
+        Relative L2 of the logits against the same side in float32: what the number format alone costs.
+    arithmetic : dict
+        Plain data measured on the machine that made it (accumulation order, RoPE buffer type), for the arithmetic profile.
+    tensors : dict of Key to TensorNote
+    notes : tuple of str
+        Sentences for the reader.
+    """
+
+    side: str
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...] = ()
+    producer: str | None = None
+    version: str | None = None
+    backend: str | None = None
+    tier: str | None = None
+    profile: str | None = None
+    threads: int | None = None
+    model_digest: str | None = None
+    tokenizer_digest: str | None = None
+    prompt: str | None = None
+    arch: str = ""
+    flags: frozenset[str] = frozenset()
+    hparams: dict[str, int | float] = field(default_factory=dict)
+    attestation: bool | None = None
+    answer: str | None = None
+    answer_ids: tuple[int, ...] = ()
+    answer_margin: float | None = None
+    floor: float | None = None
+    arithmetic: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[Key, TensorNote] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    schema: ClassVar[str] = SCHEMA
+
+    def to_json(self) -> str:
+        """JSON text, one line per entry and per tensor, so that two manifests can be compared by eye."""
+        data: dict[str, Any] = {"schema": SCHEMA} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        data["flags"] = sorted(self.flags)
+        lines = [f"  {json.dumps(name)}: {_dump(value)}" for name, value in data.items()]
+        rows = [f"    {json.dumps(key_name(key))}: {_dump(asdict(self.tensors[key]))}" for key in sorted(self.tensors, key=stages.order)]
+        lines.append('  "tensors": {\n' + ",\n".join(rows) + ("\n  }" if rows else "  }"))
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: str = "manifest") -> Manifest:
+        """The manifest of a text made by :meth:`to_json`.
+
+        Raises
+        ------
+        FormatError
+            Not JSON, another schema, or a missing or mistyped entry; ``path`` and ``field`` say where.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: not JSON: {error}", code="JSON", path=path) from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise FormatError(f"{path}: schema {found!r}, {SCHEMA!r} is needed", code="BAD_VERSION", path=path, field="schema")
+        said = _checked(data, _MANIFEST_KINDS, path)
+        said["tensors"] = {_key_of(name, path): _note(value, name, path) for name, value in said["tensors"].items()}
+        made = cls(**said)
+        if len(made.positions) not in (0, len(made.tokens)):
+            counts = f"{len(made.positions)} positions for {len(made.tokens)} tokens"
+            raise FormatError(f"{path}: {counts}", code="VALUE", path=path, field="positions")
+        return made
+
+
+def _dump(value: object) -> str:
+    """One JSON line; a non-finite number, which JSON does not have, is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def key_name(key: Key) -> str:
+    """A key as the manifest spells it: ``ffn_out.3``, ``lm_head``."""
+    return key[0] if key[1] is None else f"{key[0]}.{key[1]}"
+
+
+def _key_of(name: str, path: str) -> Key:
+    """The key that :func:`key_name` spelled; FormatError for a stage that no row has, or a layer where none belongs."""
+    stage, dot, layer = name.partition(".")
+    row = stages.by_name.get(stage)
+    if row is None or row.per_layer != bool(dot) or (dot and re.fullmatch(r"\d{1,6}", layer) is None):
+        raise FormatError(f"{path}: '{name}' names no tensor", code="NAME", path=path, field=f"tensors.{name}")
+    return stage, int(layer) if dot else None
+
+
+Check = Callable[[object], Any]
+
+
+def _is(*kinds: type) -> Check:
+    """A check that returns the value if its type is one of these (a bool is no number), else raises TypeError."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError
+        return value
+
+    return check
+
+
+def _count(value: object) -> int:
+    """A whole number that is not negative and that 64 bits hold."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise TypeError
+    return value
+
+
+def _list(one: Check) -> Check:
+    """A check of a JSON array's elements; gives a tuple."""
+    return lambda value: tuple(one(item) for item in _is(list)(value))
+
+
+_text, _maybe_text, _number = _is(str), _is(str, type(None)), _is(int, float)
+_maybe_number = _is(int, float, type(None))
+
+_MANIFEST_KINDS: Mapping[str, Check] = {
+    "side": _text, "tokens": _list(_count), "positions": _list(_count), "producer": _maybe_text, "version": _maybe_text,
+    "backend": _maybe_text, "tier": _maybe_text, "profile": _maybe_text, "threads": _is(int, type(None)), "model_digest": _maybe_text,
+    "tokenizer_digest": _maybe_text, "prompt": _maybe_text, "arch": _text, "flags": lambda value: frozenset(_list(_text)(value)),
+    "hparams": lambda value: {name: _number(item) for name, item in _is(dict)(value).items()}, "attestation": _is(bool, type(None)),
+    "answer": _maybe_text, "answer_ids": _list(_count), "answer_margin": _maybe_number, "floor": _maybe_number, "arithmetic": _is(dict),
+    "tensors": _is(dict), "notes": _list(_text),
+}  # fmt: skip
+
+_NOTE_KINDS: Mapping[str, Check] = {
+    "shape": _list(_count), "dtype": _text, "origin": _text, "positions": _text, "lanes": _text, "capture_point": _text, "site": _text,
+    "nonfinite": _count, "sha256": _maybe_text,
+}  # fmt: skip
+
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "dtype": ("float32", "float16", "bfloat16"), "origin": (CAPTURED, DERIVED), "positions": (ALL, LAST), "lanes": (HALVES, PAIRS),
+}  # fmt: skip
+
+
+def _checked(data: dict[str, object], kinds: Mapping[str, Check], path: str, prefix: str = "") -> dict[str, Any]:
+    """The entries of an object of the manifest, each of the kind that it must be."""
+    said = {}
+    for name, check in kinds.items():
+        if name not in data:
+            raise FormatError(f"{path}: '{prefix}{name}' is missing", code="MISSING", path=path, field=prefix + name)
+        try:
+            said[name] = check(data[name])
+        except TypeError:
+            shown = repr(data[name])
+            shown = shown if len(shown) < 60 else shown[:60] + "…"
+            raise FormatError(f"{path}: '{prefix}{name}' cannot be {shown}", code="TYPE", path=path, field=prefix + name) from None
+    return said
+
+
+def _note(data: object, name: str, path: str) -> TensorNote:
+    """One tensor's note, checked."""
+    where = f"tensors.{name}"
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: '{where}' is not an object", code="TYPE", path=path, field=where)
+    said = _checked(data, _NOTE_KINDS, path, f"{where}.")
+    for entry, words in _WORDS.items():
+        if said[entry] not in words:
+            wanted = f"is {said[entry]!r}, one of {', '.join(words)} is needed"
+            raise FormatError(f"{path}: '{where}.{entry}' {wanted}", code="VALUE", path=path, field=f"{where}.{entry}")
+    return TensorNote(**said)
+
+
+# ---- the mapping -------------------------------------------------------------------------------
+
+
+class Captures(Mapping[Key, Array]):
+    """Read-only mapping of (stage, layer) to a float32 array, in execution order.
+
+    ``cap["ffn_out", 3]``, ``cap.layer(3).ffn_out`` and, for stages of the whole model, ``cap["lm_head", None]`` or ``cap.lm_head``.
+
+    Parameters
+    ----------
+    arrays : mapping of Key to ndarray
+        Each array is used as it is if it is float32; else widened.  Views handed out are read-only.
+    manifest : Manifest
+        A tensor without a note in it gets the plain one (captured, all tokens, halves, float32).
+
+    Raises
+    ------
+    UnknownName
+        A key whose stage has no row.
+    ArgumentError
+        A key with a layer where none belongs, or the reverse.
+    """
+
+    def __init__(self, arrays: Mapping[Key, NDArray[Any]], manifest: Manifest) -> None:
+        keys = sorted(map(_checked_key, arrays), key=stages.order)
+        self._arrays: Mapping[Key, Array] = arrays if isinstance(arrays, _Folder) else {key: _frozen(arrays[key]) for key in keys}
+        notes = {key: manifest.tensors.get(key) or TensorNote.of(self._arrays[key]) for key in keys}
+        self.manifest = replace(manifest, tensors=notes, positions=manifest.positions or tuple(range(len(manifest.tokens))))
+        self._keys = tuple(keys)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Token ids of the sequence."""
+        return self.manifest.tokens
+
+    def __getitem__(self, key: Key | str) -> Array:
+        wanted = (key, None) if isinstance(key, str) else key
+        found = (stages.stage(wanted[0]).name, wanted[1])
+        if found not in self.manifest.tensors:
+            raise UnknownName(f"'{stages.spell(found)}' is not in this capture of {self.manifest.side}", stage=found[0], layer=found[1])
+        return self._arrays[found]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    # Mapping's own look for KeyError, which no error of aprender is.
+    def __contains__(self, key: object) -> bool:
+        return (key, None) in self.manifest.tensors if isinstance(key, str) else key in self.manifest.tensors
+
+    def get(self, key: Key | str, default: Array | None = None) -> Array | None:  # type: ignore[override]
+        """The array, or ``default`` where there is none."""
+        return self[key] if key in self else default  # noqa: SIM401 (this is get)
+
+    def layer(self, number: int) -> LayerView:
+        """The stages of one layer, by name."""
+        if not any(key[1] == number for key in self._keys):
+            raise UnknownName(f"there is no layer {number} in this capture of {self.manifest.side}", layer=number)
+        return LayerView(self, number)
+
+    def __getattr__(self, name: str) -> Array:
+        if name.startswith("_") or name not in stages.by_name:
+            raise AttributeError(f"captures have no attribute '{name}'{stages.suggest(name, stages.by_name)}")
+        if (name, None) not in self.manifest.tensors:
+            raise AttributeError(f"'{name}' is not in this capture, or belongs to a layer: use .layer(n).{name}")
+        return self[name, None]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(key[0] for key in self._keys if key[1] is None)]
+
+    def __repr__(self) -> str:
+        return f"<Captures of {self.manifest.side}: {len(self)} tensors, {len(self.tokens)} tokens>"
+
+
+class LayerView(Mapping[str, Array]):
+    """The stages of one layer: ``view.ffn_out`` or ``view["ffn_out"]``."""
+
+    def __init__(self, captures: Captures, number: int) -> None:
+        self._captures = captures
+        self._number = number
+
+    def __getitem__(self, name: str) -> Array:
+        return self._captures[name, self._number]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key[0] for key in self._captures if key[1] == self._number)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return (name, self._number) in self._captures
+
+    def get(self, name: str, default: Array | None = None) -> Array | None:  # type: ignore[override]
+        """The array, or ``default`` where there is none."""
+        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+
+    def __getattr__(self, name: str) -> Array:
+        if name.startswith("_") or name not in self:
+            raise AttributeError(f"layer {self._number} has no '{name}'{stages.suggest(name, self)}")
+        return self[name]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self]
+
+    def __repr__(self) -> str:
+        return f"<layer {self._number} of {self._captures!r}>"
+
+
+def _checked_key(key: Key) -> Key:
+    """The key, if its stage exists and has a layer exactly where it should."""
+    row = stages.by_name.get(key[0]) or stages.stage(key[0])
+    if row.per_layer != (key[1] is not None):
+        word = "needs a layer" if row.per_layer else "belongs to the whole model"
+        raise ArgumentError(f"'{row.name}' {word}, got layer {key[1]}", code="ARGUMENT", stage=row.name, layer=key[1])
+    return row.name, key[1]
+
+
+def _frozen(array: NDArray[Any]) -> Array:
+    """A read-only float32 view, without a copy if the array is float32 already."""
+    view: Array = np.asarray(array, dtype=np.float32).view()
+    view.flags.writeable = False
+    return view
+
+
+# ---- the sample contract -----------------------------------------------------------------------
+
+
+def check_contract(a: Captures, b: Captures, keys: Iterable[Key] | None = None) -> list[str]:
+    """Whether two captures hold like things.
+
+    Parameters
+    ----------
+    a, b : Captures
+    keys : iterable of Key, optional
+        Tensors to be compared; those in both if not given.
+
+    Returns
+    -------
+    list of str
+        Views that :func:`aligned` will apply, in words.  Empty: the tensors are comparable as they are.
+
+    Raises
+    ------
+    NotComparable
+        Nothing in common, or token ids, positions, capture point or shape differ; the message holds both values.
+    """
+    _check_sequence("token ids", a.tokens, b.tokens)
+    _check_sequence("positions", a.manifest.positions, b.manifest.positions)
+    common = [key for key in (a if keys is None else keys) if key in a and key in b]
+    if not common:
+        raise NotComparable(f"{a.manifest.side} and {b.manifest.side} have no tensor in common", code="EMPTY", field="tensors")
+    said: dict[str, list[Key]] = {}
+    for key in common:
+        for note in _check_tensor(a, b, key):
+            said.setdefault(note, []).append(key)
+    return [f"{note} ({_several(found)})" for note, found in said.items()]
+
+
+def _several(keys: list[Key]) -> str:
+    """A few keys in words."""
+    return ", ".join(map(stages.spell, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _check_sequence(what: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    """Two sequences of whole numbers must be equal; names the first place where they are not."""
+    if a == b:
+        return
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    x, y = (str(s[at]) if at < len(s) else "the end" for s in (a, b))
+    raise NotComparable(f"{what} differ at place {at}: {x} against {y} ({len(a)} and {len(b)} in all)", code="TOKENS", field=what)
+
+
+def _check_tensor(a: Captures, b: Captures, key: Key) -> list[str]:
+    """Notes on one common tensor; raises NotComparable."""
+    x, y = a.manifest.tensors[key], b.manifest.tensors[key]
+    if x.capture_point != y.capture_point:
+        raise NotComparable(
+            f"{stages.spell(key)} is captured at different points: '{x.capture_point}' against '{y.capture_point}'",
+            code="CAPTURE_POINT", stage=key[0], layer=key[1], field="capture_point",
+        )  # fmt: skip
+    notes = []
+    if x.positions != y.positions:
+        notes.append("one side holds the last token only: last tokens compared")
+    if x.lanes != y.lanes:
+        notes.append(f"lane orders differ ({x.lanes} against {y.lanes}): compared as {HALVES}")
+    shapes = [_view_shape(side, key, LAST if x.positions != y.positions else ALL) for side in (a, b)]
+    if shapes[0] != shapes[1]:
+        shown = f"{stages.spell(key)} has shape {list(x.shape)} against {list(y.shape)}"
+        raise NotComparable(shown, code="SHAPE", stage=key[0], layer=key[1], field="shape")
+    return notes
+
+
+def _view_shape(side: Captures, key: Key, positions: str) -> tuple[int, ...]:
+    """Shape of a tensor once cut to the positions that are compared."""
+    note, row = side.manifest.tensors[key], stages.by_name[key[0]]
+    if positions == ALL or "T" not in row.shape or len(note.shape) != len(row.shape):
+        return note.shape
+    axis = row.shape.index("T")
+    return (*note.shape[:axis], 1, *note.shape[axis + 1 :])
+
+
+def aligned(a: Captures, b: Captures, key: Key) -> tuple[Array, Array]:
+    """The two arrays of a key after the views that :func:`check_contract` names: last token of both, lanes as halves."""
+    last = a.manifest.tensors[key].positions != b.manifest.tensors[key].positions
+    return _view(a, key, last), _view(b, key, last)
+
+
+def _view(side: Captures, key: Key, last: bool) -> Array:
+    """One side's array, cut and permuted as asked."""
+    array, note, row = side[key], side.manifest.tensors[key], stages.by_name[key[0]]
+    if last and note.positions == ALL and "T" in row.shape:
+        array = np.take(array, [-1], axis=row.shape.index("T"))
+    return halves_from_pairs(array, row, side.manifest.hparams) if note.lanes == PAIRS else array
+
+
+def halves_from_pairs(array: Array, row: stages.Stage, hparams: Mapping[str, int | float]) -> Array:
+    """Heads whose RoPE partners lie side by side, re-ordered so that partner i is i + h/2.  Of q, k and v side by side, v stays as it is.
+
+    Parameters
+    ----------
+    array : ndarray
+        [tokens, columns].
+    row : Stage
+    hparams : mapping
+        ``heads``, ``kv_heads`` and ``head``.
+    """
+    size = int(hparams["head"])
+    turned = (int(hparams["heads"]) + int(hparams["kv_heads"])) * size if row.shape[-1] == "QKV" else array.shape[-1]
+    pairs = array[:, :turned].reshape(array.shape[0], -1, size // 2, 2)
+    return np.concatenate([pairs.swapaxes(-1, -2).reshape(array.shape[0], turned), array[:, turned:]], axis=1)
+
+
+# ---- on disk -----------------------------------------------------------------------------------
+
+
+def _to_bfloat16(array: Array) -> NDArray[np.uint16]:
+    """The upper halves of float32 values; exact only if the lower halves are zero, which the caller checks by widening again."""
+    return (array.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> Array:
+    """bfloat16 bits as float32: no rounding."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+_NARROW: Mapping[str, tuple[Callable[[Array], NDArray[Any]], Callable[[NDArray[Any]], Array]]] = {
+    "float32": (lambda array: array, lambda native: native),
+    "float16": (lambda array: array.astype(np.float16), lambda native: native.astype(np.float32)),
+    "bfloat16": (_to_bfloat16, _from_bfloat16),
+}
+
+
+def _native(array: Array, note: TensorNote, key: Key) -> NDArray[Any]:
+    """The array in its native type, contiguous; ArgumentError if a value does not fit."""
+    narrow, widen = _NARROW[note.dtype]
+    flat = np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        native = narrow(flat)
+    if not np.array_equal(widen(native), flat, equal_nan=True):
+        raise ArgumentError(f"{stages.spell(key)} holds values that {note.dtype} does not have", code="VALUE", stage=key[0], layer=key[1])
+    return native
+
+
+def file_name(layer: int | None) -> str:
+    """The file of a layer, or of the stages of the whole model."""
+    return MODEL_FILE if layer is None else f"layer-{layer:03d}.safetensors"
+
+
+_OURS = re.compile(r"(layer-\d{3,6}\.safetensors|model\.safetensors|manifest\.json)(\.tmp)?")
+
+
+def save(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
+    """Write a capture to a folder.
+
+    Each file is written under another name, synced and renamed; the manifest last, so that a folder with a manifest is whole.  A capture
+    that is there already is replaced.
+
+    Parameters
+    ----------
+    captures : Captures
+    folder : path
+        Made if it does not exist.
+
+    Returns
+    -------
+    Manifest
+        As written, with the digest of each tensor.
+
+    Raises
+    ------
+    CannotRun
+        The folder holds anything else than a capture, or cannot be written.
+    ArgumentError
+        A value that its native type does not have.
+    """
+    where = Path(folder)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(name for name in os.listdir(where) if not _OURS.fullmatch(name))
+        if foreign:
+            raise CannotRun(f"{where} holds '{foreign[0]}': it is not a capture and will not be written over", code="PATH", path=str(where))
+        (where / MANIFEST).unlink(missing_ok=True)
+        notes: dict[Key, TensorNote] = {}
+        for layer in dict.fromkeys(key[1] for key in captures):
+            notes |= _save_file(captures, layer, where)
+        for name in sorted(set(os.listdir(where)) - {file_name(key[1]) for key in captures}):
+            (where / name).unlink()
+        manifest = replace(captures.manifest, tensors=notes)
+        _write(where / MANIFEST, manifest.to_json().encode())
+    except OSError as error:
+        raise CannotRun(f"{where}: {error.strerror or error}", code="IO", path=str(where)) from error
+    return manifest
+
+
+def _save_file(captures: Captures, layer: int | None, where: Path) -> dict[Key, TensorNote]:
+    """Write one layer's file; returns its notes with digests."""
+    arrays = {key: _native(captures[key], captures.manifest.tensors[key], key) for key in captures if key[1] == layer}
+    notes = {}
+    specs = {}
+    for key, native in arrays.items():
+        note = captures.manifest.tensors[key]
+        notes[key] = replace(note, shape=native.shape, sha256=hashlib.sha256(native.data).hexdigest())
+        specs[key[0]] = TensorSpec(dtype=note.dtype, shape=native.shape, data_ptr=native.ctypes.data, data_len=native.nbytes)
+    _write(where / file_name(layer), bytes(serialize(specs)))  # arrays stays alive until here: the specs hold bare pointers
+    return notes
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that its name never shows half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Folder(Mapping[Key, Array]):
+    """The arrays of a saved capture, read when asked for and checked against their digests."""
+
+    def __init__(self, where: Path, notes: Mapping[Key, TensorNote]) -> None:
+        self._where = where
+        self._notes = notes
+        self._live: weakref.WeakValueDictionary[Key, Array] = weakref.WeakValueDictionary()
+        self._last: tuple[str, _core.File] | None = None  # the tensors of a layer are wanted one after the other
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._notes)
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+    def __getitem__(self, key: Key) -> Array:
+        found = self._live.get(key)
+        if found is None:
+            found = self._live[key] = self._read(key)
+        return found
+
+    def _read(self, key: Key) -> Array:
+        """One tensor from its file."""
+        path = str(self._where / file_name(key[1]))
+        name, note = key[0], self._notes[key]
+        file = self._file(path)
+        info = next((tensor for tensor in file.tensors if tensor.name == name), None)
+        if info is None:
+            raise FormatError(f"{path}: the tensor '{name}' is missing", code="MISSING", path=path, field=name)
+        if tuple(info.shape) != note.shape:
+            shapes = f"{list(info.shape)}, the manifest says {list(note.shape)}"
+            raise FormatError(f"{path}: '{name}' has shape {shapes}", code="SHAPE", path=path, field=name)
+        if note.sha256 is not None and hashlib.sha256(file.raw(name)).hexdigest() != note.sha256:
+            raise FormatError(f"{path}: the bytes of '{name}' are not those that were saved", code="CHANGED", path=path, field=name)
+        return _frozen(file.dequantize(name))
+
+    def _file(self, path: str) -> _core.File:
+        """The file of a layer, kept open until another one is asked for."""
+        if self._last is None or self._last[0] != path:
+            try:
+                self._last = path, _core.File(path)
+            except OSError as error:
+                raise FormatError(f"{path}: {error.strerror or error}", code="IO", path=path) from error
+        return self._last[1]
+
+
+def open_captures(folder: str | os.PathLike[str]) -> Captures:
+    """A saved capture; arrays are read when they are first used.
+
+    Raises
+    ------
+    FormatError
+        No manifest (an interrupted save leaves none), a manifest that is not ours, or a file that is missing.  A damaged tensor is
+        found when it is read.
+    """
+    where = Path(folder)
+    path = where / MANIFEST
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise FormatError(f"{path}: larger than any manifest of ours", code="LIMIT", path=str(path))
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 at byte {error.start}", code="UTF8", path=str(path), offset=error.start) from None
+    except OSError as error:
+        why = "not a saved capture: it has no manifest.json" if where.is_dir() else error.strerror or str(error)
+        raise FormatError(f"{where}: {why}", code="PATH", path=str(where), field=MANIFEST) from None
+    manifest = Manifest.from_json(text, str(path))
+    for layer, key in {key[1]: key for key in manifest.tensors}.items():
+        file = where / file_name(layer)
+        if not file.is_file():
+            raise FormatError(f"{file}: missing, the manifest lists '{key_name(key)}'", code="MISSING", path=str(file), field=key_name(key))
+    return Captures(_Folder(where, manifest.tensors), manifest)

@@ -211,7 +211,8 @@ def save_gguf(
 ) -> Path:
     """Write a GGUF without tokenizer.
 
-    `formats` is one name for all matrices, or a function of the GGUF name; norms and biases are F32.  `metadata` may add keys, or a tokenizer.
+    `formats` is one name for all matrices, or a function of the GGUF name; norms and biases are F32.  `metadata` writes the tokenizer's keys
+    and any others.
     """
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_block_count(shape.layers)

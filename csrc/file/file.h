@@ -1,0 +1,67 @@
+/*
+** file.h: a container's bytes become an index of tensors and metadata, and nothing more: no model, no architecture, no meaning.  Every range is checked
+** at open; after that a tensor is a pointer, a format and dimensions, whatever the container.  Callers: plan/model.c binds it, py/file.c shows it.
+** The bytes are read with pread into memory that we own (a file that shrinks later cannot kill the process).
+*/
+#ifndef AP_FILE_H
+#define AP_FILE_H
+#include "../base/cursor.h"
+#include "../base/err.h"
+#include "../quant/format.h"
+
+enum { AP_MAX_DIMS = 8 };
+typedef struct {
+    ap_str name;
+    const ap_format *fmt;
+    int nd;
+    int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
+    const uint8_t *data;
+    uint64_t bytes;
+    uint64_t offset;                /* of data in the file */
+} ap_tensor;
+
+typedef enum { AP_V_INT, AP_V_UINT, AP_V_FLOAT, AP_V_BOOL, AP_V_STR, AP_V_ARR, AP_V_NULL, AP_V_JSON } ap_vkind;
+typedef struct {
+    ap_str key;                     /* GGUF: the key.  safetensors: key of config.json; nested objects are flattened with dots: rope_parameters.rope_theta */
+    ap_vkind kind, elem;            /* elem: kind of an array's elements                                                   */
+    uint32_t raw_type;              /* GGUF value type (arrays: of the element); 0 for JSON                                */
+    union { int64_t i; uint64_t u; double f; int b; } v;
+    ap_str s;                       /* AP_V_STR: text.  AP_V_ARR: the raw elements (GGUF encoding).  AP_V_JSON: JSON text of an array, not parsed */
+    uint64_t n;                     /* elements of an array                                                                */
+} ap_kv;
+
+typedef struct ap_file ap_file;
+typedef struct { const char *name; int (*sniff)(const uint8_t *p, uint64_t n); int (*parse)(ap_file *f, ap_err *e); } ap_container;
+struct ap_file {
+    const ap_container *kind;
+    char *path;                     /* as opened: the .gguf file, the .safetensors file; for a folder, its model.safetensors */
+    const uint8_t *p; uint64_t n;   /* all bytes of the file   */
+    char *config; uint64_t config_n;/* config.json beside a safetensors file; NULL for GGUF */
+    char *text; uint64_t text_n;    /* un-escaped strings of JSON containers live here      */
+    ap_tensor *t; int nt;           /* in file order           */
+    ap_kv *kv; int nkv;
+    int *by_name;                   /* tensor indices sorted by name: ap_file_tensor is a binary search */
+    uint32_t version, alignment;
+};
+int  ap_file_open(ap_file **out, const char *path, ap_err *e);            /* sniffs; a folder means its model.safetensors + config.json */
+int  ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_container *kind, const char *config, uint64_t config_n, ap_err *e); /* for tests and fuzzers; copies; kind NULL: sniff */
+void ap_file_close(ap_file *f);
+const ap_tensor *ap_file_tensor(const ap_file *f, ap_str name);           /* NULL when absent */
+const ap_kv *ap_file_kv(const ap_file *f, const char *key);               /* NULL when absent */
+extern const ap_container ap_containers[];
+extern const int ap_containers_n;
+
+/* For the containers' parsers only. */
+int   ap_file_tensor_bytes(ap_tensor *t, int64_t at, ap_err *e);          /* bytes from dim and fmt; AP_SHAPE, AP_BLOCK          */
+int   ap_file_name_ok(ap_str s, uint64_t max, const char *what, int64_t at, ap_err *e);   /* 1..max bytes, UTF-8, no controls   */
+int   ap_file_beside(const ap_file *f, const char *name, char **p, uint64_t *n, ap_err *e);  /* the file of that name in f's folder; *p stays NULL when there is none */
+int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
+int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
+void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
+
+/* Limits: each is refused with AP_LIMIT. */
+#define AP_LIMIT_TENSORS   1000000u
+#define AP_LIMIT_KV        1000000u
+#define AP_LIMIT_STRING    (64u << 20)
+#define AP_LIMIT_HEADER    100000000u
+#endif

@@ -1,0 +1,27 @@
+/*
+** backend.h: what a device must offer.  cpu/ and cuda/ each export one of these; run/ drives it and knows nothing else about them.  Operations are one
+** per row of ops.def, so a backend that lacks one does not link.
+*/
+#ifndef AP_BACKEND_H
+#define AP_BACKEND_H
+#include "plan.h"
+
+typedef struct ap_dev ap_dev;
+typedef struct {
+    int threads;                        /* 0: as many as there are cores                              */
+    int tier;                           /* row of tiers.def, -1: the best that this CPU has           */
+    int (*poll)(void *ctx);             /* called at least every 50 ms while an operation runs; non-zero stops it; may be NULL */
+    void *poll_ctx;
+} ap_backend_options;
+typedef struct {
+    const char *name;
+    int  (*open )(ap_dev **dev, const ap_model *m, const ap_weight *w, const ap_backend_options *o, ap_err *e);  /* w: the slots of m, possibly with values put in their places; borrowed */
+    int  (*arena)(ap_dev *dev, const ap_plan *p, const int32_t *tokens, float *keep, ap_err *e);  /* places for one run; keep is the host's kept arena */
+    int  (*put  )(ap_dev *dev, const ap_plan *p, int step, const float *host, ap_err *e);         /* the step's value is this                          */
+    int  (*op[AP_OP_N])(ap_dev *dev, const ap_plan *p, const ap_step *s, ap_err *e);
+    int  (*fetch)(ap_dev *dev, const ap_plan *p, float *keep, ap_err *e);                         /* CPU: nothing to do.  CUDA: one copy               */
+    void (*close)(ap_dev *dev);
+    const char *(*tier)(const ap_dev *dev);
+} ap_backend;
+extern const ap_backend ap_cpu;
+#endif

@@ -8,6 +8,8 @@ All widths differ (model 64, heads x head size 96, ffn 160, vocabulary 112), so 
 32 and 16, as Q8_0, Q5_0, Q4_0 and our lanes want; the head size 24 is no power of two, so that the attention scale rounds.  Every weight is
 exact in BF16, F16 and F32: containers differ by arithmetic alone.
 
+llama.cpp takes heads x head size = model width for granted in qwen2 (not in llama and qwen3): a peer test of it needs ``head=16``.
+
     shape = Shape("llama", tied=True)
     save_hf(shape, folder)                      # config.json, model.safetensors (BF16)
     save_gguf(shape, path, "Q8_0")              # norms and biases stay F32
@@ -211,7 +213,7 @@ def save_gguf(
 ) -> Path:
     """Write a GGUF without tokenizer.
 
-    `formats` is one name for all matrices, or a function of the GGUF name; norms and biases are F32.  `metadata` writes the tokenizer's keys
+    `formats` is one name for all matrices or a function of the GGUF name; norms and biases are F32.  `metadata` writes the tokenizer's keys
     and any others.
     """
     writer = gguf.GGUFWriter(path, shape.arch)

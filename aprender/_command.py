@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -81,7 +82,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
             return stop.code if isinstance(stop.code, int) else CANNOT
         except Exception as problem:
             if os.environ.get("APRENDER_TRACEBACK"):
-                raise
+                traceback.print_exc()
             say(f"aprender: {describe(problem)}")
             return CANNOT
 
@@ -98,15 +99,3 @@ def describe(problem: BaseException) -> str:
         where = f"{problem.filename}: " if problem.filename and str(problem.filename) not in str(problem.strerror) else ""
         return f"{where}{one_line(problem.strerror or problem)}"
     return f"{type(problem).__name__}: {one_line(problem)}"
-
-
-def main_of(name: str) -> NoReturn:
-    """Run the module ``aprender.<name>`` as a command, even if the extension cannot be imported."""
-    import importlib
-
-    try:
-        module = importlib.import_module(f"aprender.{name}")
-    except Exception as problem:
-        say(f"aprender: cannot start: {describe(problem)}; build the extension with `make` or reinstall aprender")
-        sys.exit(CANNOT)
-    sys.exit(module.main(None))

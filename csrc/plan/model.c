@@ -44,6 +44,7 @@ static int mdl_num(const ap_kv *kv, const char *name, double *out, ap_err *e) {
     else if (kv->kind == AP_V_UINT) *out = (double)kv->v.u;
     else if (kv->kind == AP_V_INT) *out = (double)kv->v.i;
     else return ap_fail_at(e, AP_KV_TYPE, -1, name, "%s must be a number", name);
+    *out = (double)(float)*out;     /* GGUF stores float32 and Hugging Face's float32 arithmetic rounds to it: so every container gives the same number */
     return AP_OK;
 }
 

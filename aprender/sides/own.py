@@ -1,0 +1,287 @@
+"""Our own engine as a side: captures, weights as the file holds them, and greedy text.
+
+Owns the way from a model file to :class:`~aprender.captures.Captures`: chunks for long prompts and their joining, path attestation, and the application of
+edits.  An edit is plain data (a step field or a weight, and what becomes of it); this file applies edits and knows no fault.  Refuses backends that are
+not built in: there is no silent fallback.  Called by ``sides.open_side``, ``bisection`` and the commands.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprender import _core, arithmetic, stages
+from aprender.captures import Captures, Manifest, TensorNote
+from aprender.errors import ArgumentError, DeviceError
+from aprender.stages import Key
+from aprender.text import Tokenizer, for_model
+
+Array = NDArray[np.float32]
+Edit = Mapping[str, Any]
+
+LARGEST_SCORES = 1 << 26
+"""Values of one layer's attention scores in one piece; longer prompts are run in chunks, with the same bits."""
+
+
+class Weights(Mapping[Key, Array]):
+    """The weights of a bound model: (name, layer) to float32 [out, in], Hugging Face lane order, decoded when asked for and not kept."""
+
+    def __init__(self, model: _core.Model) -> None:
+        self._model = model
+        self._keys = tuple((info.name, info.layer) for info in model.weights)
+        self._known = frozenset(self._keys)
+
+    def __getitem__(self, key: Key) -> Array:
+        if key not in self._known:
+            raise KeyError(key)
+        return self._model.weight(*key)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+# ---- edits ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _reread_transposed(weight: Array) -> Array:
+    """The same bytes of a [out, in] matrix, read as if they were stored [in, out]."""
+    rows, cols = weight.shape
+    return np.ascontiguousarray(weight.reshape(cols, rows).T)
+
+
+TRANSFORMS: Mapping[str, Callable[[Array], Array]] = {
+    "transposed": _reread_transposed,
+    "zero": np.zeros_like,
+}
+"""What an edit may do to a weight."""
+
+
+def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, int | None, str, float]]:
+    """Edits of step fields as the core takes them; a factor multiplies the value that the plan holds."""
+    out = []
+    for edit in edits:
+        if edit["target"] != "step":
+            continue
+        for step in plan:
+            if step["stage"] != edit["stage"] or edit.get("layer") not in (None, step["layer"]):
+                continue
+            value = edit["value"] if "value" in edit else step[edit["field"]] * edit["factor"]
+            out.append((step["stage"], step["layer"], edit["field"], float(value)))
+    return out
+
+
+def _weight_edits(edits: Sequence[Edit], weights: Weights) -> dict[Key, Array]:
+    """Edits of weights as arrays to put in their places."""
+    out: dict[Key, Array] = {}
+    for edit in edits:
+        if edit["target"] != "weight":
+            continue
+        for key in weights:
+            if key[0] == edit["weight"] and edit.get("layer") in (None, key[1]):
+                out[key] = TRANSFORMS[edit["transform"]](out.get(key, weights[key]))
+    return out
+
+
+# ---- the side ------------------------------------------------------------------------------------------------------------------------
+
+
+class OwnSide:
+    """Our engine on one model.
+
+    Parameters
+    ----------
+    path : str or Path
+        GGUF file, safetensors file, or a folder with ``model.safetensors`` and ``config.json``.
+    backend : str
+        ``cpu``; another one that is not built in raises :class:`~aprender.errors.DeviceError`.
+    threads : int, optional
+        All cores if not given (or ``APRENDER_THREADS``).
+    tier : str, optional
+        A row of ``_core.TIERS``; the best one if not given (or ``APRENDER_TIER``).
+    edits : sequence of mapping
+        ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}`` or
+        ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}``.
+    spelling : str, optional
+        How the user wrote it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "cpu",
+        threads: int | None = None,
+        tier: str | None = None,
+        edits: Sequence[Edit] = (),
+        spelling: str | None = None,
+    ) -> None:
+        if backend != "cpu":
+            raise DeviceError(f"this build has no '{backend}' backend; use cpu:", code="DEVICE", field=backend)
+        self.path = Path(path)
+        self.spelling = spelling or str(path)
+        self.backend = backend
+        self.profile = arithmetic.profile("exact")
+        self.file = _core.File(path)
+        self.model = _core.Model(self.file)
+        self.weights = Weights(self.model)
+        self._options: dict[str, Any] = {"threads": threads or _threads_from_environment(), "tier": tier or os.environ.get("APRENDER_TIER")}
+        self._edits = _step_edits(edits, _core.Run(self.model).plan()) if edits else []
+        self._overrides = _weight_edits(edits, self.weights)
+
+    def run(self) -> _core.Run:
+        """A fresh timeline of the model, with the edits applied."""
+        return _core.Run(self.model, **self._options, edits=self._edits, overrides=self._overrides)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the model file, hexadecimal: what ``sha256sum`` prints."""
+        with open(self.file.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def model_data(self) -> dict[str, Any]:
+        """What the file holds, for the judge: ``arch``, ``flags``, ``hparams``, ``weights`` (never the edited ones)."""
+        return {"arch": self.model.arch, "flags": self.model.flags, "hparams": self.model.hparams, "weights": self.weights}
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        return for_model(self.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The container's own tokenizer; None if it has none."""
+        return self._tokenizer
+
+    def capture(self, ids: Sequence[int], keep: stages.Selection | None = None, progress: Callable[[float], None] | None = None) -> Captures:
+        """Run the ids from position 0 and hand out the selected stages (all if not given).
+
+        Parameters
+        ----------
+        ids : sequence of int
+        keep : callable, optional
+            (stage, layer) to bool.
+        progress : callable, optional
+            Called with the share done, 0..1.
+
+        Raises
+        ------
+        ArgumentError
+            No ids, or one outside the vocabulary.
+        """
+        wanted = [key for key in stages.keys(self.model.flags, int(self.model.hparams["layers"])) if keep is None or keep(key)]
+        arrays, tier = self._traced(ids, wanted, progress)
+        last = ("lm_head", None)
+        attested = bool(np.array_equal(arrays[last], self.logits(ids), equal_nan=True)) if last in arrays else None
+        return Captures(arrays, self._manifest(ids, tier, attested, arrays))
+
+    def _traced(self, ids: Sequence[int], wanted: Sequence[Key], progress: Callable[[float], None] | None) -> tuple[dict[Key, Array], str]:
+        run = self.run()
+        pieces = []
+        for first, last in _chunks(len(ids), int(self.model.hparams["heads"])):
+            pieces.append(run.forward(ids[first:last], wanted))
+            if progress:
+                progress(last / len(ids))
+        if not pieces:
+            raise ArgumentError("no tokens: give at least one", code="ARGUMENT", field="tokens")
+        return (pieces[0] if len(pieces) == 1 else _joined(pieces, len(ids))), run.tier
+
+    def _manifest(self, ids: Sequence[int], tier: str, attested: bool | None, arrays: Mapping[Key, Array]) -> Manifest:
+        from aprender import __version__
+
+        return Manifest(
+            side=self.spelling,
+            tokens=tuple(int(i) for i in ids),
+            producer="aprender",
+            version=__version__,
+            backend=self.backend,
+            tier=tier,
+            profile=self.profile.name,
+            threads=self._options["threads"],
+            model_digest=self.digest,
+            arch=self.model.arch,
+            flags=self.model.flags,
+            hparams=dict(self.model.hparams),
+            attestation=attested,
+            tensors={key: TensorNote.of(array) for key, array in arrays.items()},
+        )
+
+    def logits(self, ids: Sequence[int]) -> Array:
+        """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
+        run = self.run()
+        parts = [run.forward(ids[first:last], [("lm_head", None)])["lm_head", None] for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:
+        """Greedy continuation of the ids: at most ``n`` tokens, the end-of-text token not included.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        n : int
+        on_token : callable, optional
+            Called with each token as it comes.
+        """
+        tokenizer = self.tokenizer()
+        stop = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        run = self.run()
+        last: Array | None = None
+        for first, end in _chunks(len(ids), int(self.model.hparams["heads"])):
+            last = run.forward(ids[first:end], [("lm_head", None)])["lm_head", None]
+        out: list[int] = []
+        while last is not None and len(out) < n:
+            token = int(np.argmax(last[-1]))
+            if token in stop:
+                break
+            out.append(token)
+            if on_token:
+                on_token(token)
+            if len(out) < n:
+                last = run.forward([token], [("lm_head", None)])["lm_head", None]
+        return out
+
+    def close(self) -> None:
+        """Nothing to release early: arrays may still be in use."""
+
+
+def _threads_from_environment() -> int | None:
+    text = os.environ.get("APRENDER_THREADS")
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentError(f"APRENDER_THREADS is '{text}', a positive number is needed", code="ARGUMENT", field="APRENDER_THREADS")
+    return int(text)
+
+
+def _chunks(tokens: int, heads: int) -> Iterator[tuple[int, int]]:
+    """Cut a prompt so that heads x chunk x keys stays under the limit."""
+    first = 0
+    while first < tokens:
+        last = tokens
+        while last - first > 1 and heads * (last - first) * last > LARGEST_SCORES:
+            last = first + (last - first) // 2
+        yield first, last
+        first = last
+
+
+def _joined(pieces: Sequence[Mapping[Key, Array]], tokens: int) -> dict[Key, Array]:
+    """Captures of consecutive chunks as one: joined along the tokens, scores padded with 0 to the last key, caches as after the last chunk."""
+    out: dict[Key, Array] = {}
+    for key in pieces[0]:
+        shape = stages.by_name[key[0]].shape
+        parts = [piece[key] for piece in pieces]
+        if "T" not in shape:
+            out[key] = parts[-1]
+        elif "J" in shape:
+            wide = [np.pad(part, ((0, 0), (0, 0), (0, tokens - part.shape[2]))) for part in parts]
+            out[key] = np.concatenate(wide, axis=1)
+        else:
+            out[key] = np.concatenate(parts)
+    return out

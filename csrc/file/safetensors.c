@@ -158,10 +158,12 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
 
 /* --- the header ------------------------------------------------------------------------------------------------------------------------ */
 
-/* Finds the header: it begins with '{', ends with '}', and only blanks may fill it up to an aligned length. */
+/* Finds the header and reads it once for its grammar, so that broken JSON is called that whatever it would have meant.  It begins with '{', ends with '}',
+** and only blanks may fill it up to an aligned length. */
 static int st_frame(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
     ap_cur c = { f->p, f->n, 0 };
+    ap_jkind kind;
     uint64_t n;
     if (!ap_u64(&c, &n)) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "the file has %llu bytes, a safetensors file begins with 8 bytes of header length", (unsigned long long)f->n);
     if (n > AP_LIMIT_HEADER) return ap_fail_at(e, AP_LIMIT, 0, NULL, "a header of %llu bytes declared, at most %u are read: is this a safetensors file?", (unsigned long long)n, (unsigned)AP_LIMIT_HEADER);
@@ -169,11 +171,13 @@ static int st_frame(st_reader *r, ap_err *e) {
     uint64_t end = ST_LENGTH + n;
     r->data = end;
     while (end > ST_LENGTH && f->p[end - 1] == ' ') end--;
-    if (end == ST_LENGTH || f->p[ST_LENGTH] != '{' || f->p[end - 1] != '}')
-        return ap_fail_at(e, AP_JSON, ST_LENGTH, NULL, "the header of %llu bytes is not one JSON object from '{' to '}'", (unsigned long long)n);
     ap_json_init(&r->j, (const char *)f->p, end);
     r->j.pos = ST_LENGTH;                       /* so that every offset in a message is one in the file */
-    return AP_OK;
+    ap_json whole = r->j;
+    AP_TRY(ap_json_skip(&whole, e));
+    AP_TRY(ap_json_next(&whole, &kind, e));     /* the end, or bytes after the value */
+    if (f->p[ST_LENGTH] == '{' && f->p[end - 1] == '}') return AP_OK;
+    return ap_fail_at(e, AP_JSON, ST_LENGTH, NULL, "the header of %llu bytes is not one JSON object from '{' to '}'", (unsigned long long)n);
 }
 
 static int st_by_place(const void *a, const void *b) {
@@ -211,7 +215,6 @@ static int st_header(st_reader *r, ap_err *e) {
         if (kind == AP_J_OBJ_END) break;
         AP_TRY(st_entry(r, &metadata, e));
     }
-    AP_TRY(ap_json_next(&r->j, &kind, e));      /* the end, or bytes after the object */
     if (r->f->nt) qsort(r->f->t, (size_t)r->f->nt, sizeof *r->f->t, st_by_place);
     return AP_OK;
 }

@@ -7,7 +7,6 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <unistd.h>
 #if defined(__x86_64__)
@@ -20,11 +19,11 @@ static struct {
     pthread_mutex_t lock;                       /* guards all that follows                      */
     pthread_cond_t wake, idle;
     pthread_t id[AP_MAX_THREADS];
-    int live;                                   /* workers started; worker k is id[k], k >= 1   */
+    int live;                                   /* threads there are: id[1..live-1] and the caller */
     int stopping;
     unsigned long job;                          /* number of the current job                    */
     int open, inside;                           /* may be joined; workers now inside it         */
-    int threads, n;
+    int threads, joined, n;                     /* how many may join, how many have (the caller counts) */
     ap_task task;
     void *ctx;
     atomic_int next;                            /* first index nobody has taken                 */
@@ -60,14 +59,15 @@ static void pool_work(int worker) {
     pool_within = was;
 }
 
+/* Whoever wakes first joins first and is worker 1, so exactly as many are woken as a job wants, however many there are. */
 static void *pool_main(void *arg) {
-    int me = (int)(intptr_t)arg;
     unsigned long seen = 0;
     pool_plain_floats();
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (!pool.stopping && !(pool.open && pool.job != seen && me < pool.threads)) pthread_cond_wait(&pool.wake, &pool.lock);
+        while (!pool.stopping && !(pool.open && pool.job != seen && pool.joined < pool.threads)) pthread_cond_wait(&pool.wake, &pool.lock);
         if (pool.stopping) break;
+        int me = pool.joined++;
         seen = pool.job;
         pool.inside++;
         pthread_mutex_unlock(&pool.lock);
@@ -76,7 +76,7 @@ static void *pool_main(void *arg) {
         if (!--pool.inside) pthread_cond_signal(&pool.idle);
     }
     pthread_mutex_unlock(&pool.lock);
-    return NULL;
+    return arg;
 }
 
 /* A child of fork has the memory of the pool and none of its threads: begin anew.  A job that was running belonged to a thread that is gone. */
@@ -110,7 +110,7 @@ static void pool_start(int threads) {           /* lock held */
     if (pool.stopping || pool.live >= threads) return;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    while (pool.live < threads && !pthread_create(&pool.id[pool.live], NULL, pool_main, (void *)(intptr_t)pool.live)) pool.live++;
+    while (pool.live < threads && !pthread_create(&pool.id[pool.live], NULL, pool_main, NULL)) pool.live++;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -128,8 +128,8 @@ void ap_pool_run(int threads, int n, ap_task task, void *ctx) {
     pool.task = task; pool.ctx = ctx; pool.n = n; pool.threads = threads;
     atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
     pool.job++;
-    pool.open = 1;
-    pthread_cond_broadcast(&pool.wake);
+    pool.joined = pool.open = 1;
+    for (int k = 1; k < threads; k++) pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 
     pool_work(0);

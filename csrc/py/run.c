@@ -269,7 +269,7 @@ static PyObject *run_result(const ap_plan *p, float *keep, const ap_model *m) {
     return d;
 }
 
-static PyObject *run_request(py_run *self, PyObject *args, PyObject *kw, int advance) {
+static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int advance) {
     static char *names[] = { "tokens", "keep", "feed", NULL };
     ap_state *st = ap_state_of(Py_TYPE(self));
     PyObject *tokens, *keep = NULL, *feed = NULL, *result = NULL;
@@ -293,8 +293,8 @@ static PyObject *run_request(py_run *self, PyObject *args, PyObject *kw, int adv
     return result;
 }
 
-static PyObject *run_forward(PyObject *self, PyObject *args, PyObject *kw) { return run_request((py_run *)self, args, kw, 1); }
-static PyObject *run_replay(PyObject *self, PyObject *args, PyObject *kw) { return run_request((py_run *)self, args, kw, 0); }
+static PyObject *run_forward(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, 1); }
+static PyObject *run_replay(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, 0); }
 
 static PyObject *run_reset(PyObject *o, PyObject *unused) {
     py_run *self = (py_run *)o;

@@ -1,0 +1,572 @@
+"""From two spellings to a verdict: open the sides, agree on token ids, run, judge, collect what the report shows.
+
+Owns the order of a hunt: token ids first, then the sample contract, then the local judgement of both sides, then the free comparison and what
+quantisation alone costs.  Refuses to compare unlike things and to call anything wrong itself: that is ``judge.verdict``.  Called by ``import aprender``
+(:func:`compare`), by the command ``bisect`` and by parity tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import aprender
+from aprender import arithmetic, sides, stages
+from aprender.captures import Captures, Manifest, check_contract, open_captures
+from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
+from aprender.judge import faults, metrics, verdict, witness
+from aprender.judge.rounding import to_format
+from aprender.sides.base import Side
+from aprender.sides.own import OwnSide
+from aprender.sides.saved import SavedSide
+from aprender.stages import Key
+from aprender.text import Tokenizer
+
+PROMPT = "What is 2+2?"
+"""What is asked when nobody says: the prompt of the embedded model's recorded stages."""
+
+ANSWER = 16
+"""Tokens of the greedy answer that a report shows."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verdict and what a reader needs beside it.
+
+    Attributes
+    ----------
+    judged : Verdict
+    prompt : str or None
+        Text that the ids came from.
+    answers : tuple of (str, str)
+        Label and greedy text.
+    notes : tuple of str
+    reproduce : str
+        Command line that makes this report again.
+    subject, reference : Captures or None
+        What was compared; None where no run was needed to decide.
+    """
+
+    judged: verdict.Verdict
+    prompt: str | None = None
+    answers: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    reproduce: str = ""
+    subject: Captures | None = field(default=None, repr=False)
+    reference: Captures | None = field(default=None, repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """``agree``, ``divergence`` or ``not_comparable``."""
+        return self.judged.verdict
+
+    @property
+    def first(self) -> verdict.Fault | None:
+        """First wrong operation."""
+        return self.judged.first
+
+    @property
+    def sentence(self) -> str:
+        """Where, what kind, how sure."""
+        return self.judged.sentence
+
+    @property
+    def exit_code(self) -> int:
+        """0 agree, 1 divergence, 3 not comparable."""
+        return {"agree": 0, "divergence": 1}.get(self.verdict, 3)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that scripts rely on, and the sentence, answers, notes and command."""
+        extra = {
+            "sentence": self.sentence,
+            "prompt": self.prompt,
+            "answers": dict(self.answers),
+            "notes": list(self.notes),
+            "reproduce": self.reproduce,
+        }
+        return self.judged.to_json() | extra
+
+
+# ---- the witness as a side -----------------------------------------------------------------------------------------------------------
+
+
+class WitnessSide:
+    """The float64 definition run freely on some side's weights; it has no arithmetic of its own to judge."""
+
+    profile = None
+
+    def __init__(self, source: Side, spelling: str) -> None:
+        self.source, self.spelling = source, spelling
+        data = source.model_data()
+        if data is None:
+            raise CannotRun(f"{source.spelling} has no weights for a witness: name a model, witness:MODEL", code="WEIGHTS")
+        self.model = witness.ModelData(**data)
+
+    def capture(self, ids: Sequence[int], keep: stages.Selection | None = None) -> Captures:
+        """The free float64 forward pass, handed out as float32."""
+        values = witness.forward(self.model, ids)
+        kept = {key: value.astype(np.float32) for key, value in values.items() if keep is None or keep(key)}
+        manifest = Manifest(
+            side=self.spelling,
+            tokens=tuple(ids),
+            producer="aprender witness",
+            version=aprender.__version__,
+            arch=self.model.arch,
+            flags=self.model.flags,
+            hparams=dict(self.model.hparams),
+        )
+        return Captures(kept, manifest)
+
+    def model_data(self) -> Any:
+        """The weights that it runs on."""
+        return self.source.model_data()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the model."""
+        return self.source.tokenizer()
+
+    def generate(self, ids: Sequence[int], n: int) -> list[int]:
+        """Greedy, one full forward pass per token: for small models."""
+        out: list[int] = []
+        tokenizer = self.tokenizer()
+        stop = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        while len(out) < n:
+            token = int(np.argmax(witness.forward(self.model, [*ids, *out])["lm_head", None][-1]))
+            if token in stop:
+                break
+            out.append(token)
+        return out
+
+    def close(self) -> None:
+        """The source is closed by who opened it."""
+
+
+# ---- recorded references and their weights -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _digest(path: Path, size: int, time: int) -> str:
+    """SHA-256 of a file; size and time make the cache safe."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_of(path: Path) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+def _home(side: Side) -> Path | None:
+    """Folder in which a side's model or captures lie."""
+    path = getattr(side, "path", None)
+    if path is None:
+        return None
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def recorded(subject: Side, ids: Sequence[int]) -> SavedSide | None:
+    """The reference recorded beside a model for just these ids, ``stages-float16`` first.
+
+    It counts only if its hyper-parameters are the subject's and its digest names a model file in the same folder.
+    """
+    home = _home(subject)
+    data = subject.model_data()
+    if home is None or data is None:
+        return None
+    for folder in sorted(home.glob("stages-*")):
+        manifest = open_captures(folder).manifest
+        same = manifest.tokens == tuple(ids) and manifest.arch == data["arch"] and _same_sizes(manifest.hparams, data["hparams"])
+        if same and manifest.model_digest in {_digest_of(home / "model.safetensors"), getattr(subject, "digest", None)}:
+            return SavedSide(folder)
+    return None
+
+
+def _same_sizes(a: Mapping[str, int | float], b: Mapping[str, int | float]) -> bool:
+    return all(a.get(name) == b.get(name) for name in ("layers", "dim", "ffn", "heads", "kv_heads", "head", "vocab"))
+
+
+def weights_of(side: Any, manifest: Manifest, candidates: Sequence[Path]) -> witness.ModelData | None:
+    """A side's model as the side holds it; for a saved side, the file that its digest names, cast as its arithmetic casts weights."""
+    data = side.model_data()
+    if data is not None:
+        return witness.ModelData(**data)
+    for path in candidates:
+        if manifest.model_digest is not None and _digest_of(path) == manifest.model_digest:
+            held = OwnSide(path.parent if path.name == "model.safetensors" else path).model_data()
+            return witness.ModelData(held["arch"], held["flags"], held["hparams"], _Cast(held["weights"], side.profile))
+    return None
+
+
+class _Cast(Mapping[Key, Any]):
+    """Weights rounded to the number format that a side holds them in."""
+
+    def __init__(self, weights: Mapping[Key, Any], profile: arithmetic.Profile | None) -> None:
+        self._weights, self._format = weights, profile.activations if profile else arithmetic.F32
+
+    def __getitem__(self, key: Key) -> Any:
+        return to_format(np.asarray(self._weights[key], np.float64), self._format)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _candidates(*parties: Any) -> list[Path]:
+    """Model files near the sides: beside a saved folder, or the models themselves."""
+    out: list[Path] = []
+    for party in parties:
+        home = _home(party) if party is not None else None
+        path = getattr(party, "path", None)
+        if home is not None and path is not None:
+            out += [Path(path), home / "model.safetensors", home.parent / "model.safetensors"]
+    return [path for path in dict.fromkeys(out) if path.is_file()]
+
+
+# ---- token ids -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the sides are to be run on: ids, or a text."""
+
+    prompt: str | None = None
+    ids: tuple[int, ...] | None = None
+    same_ids: bool = False
+
+
+def _encode(side: Any, prompt: str) -> tuple[int, ...] | None:
+    """Ids of a text by the side's own tokenizer; of a saved side only if it is the text that was recorded."""
+    if isinstance(side, SavedSide):
+        return side.captures.tokens if side.captures.manifest.prompt == prompt else None
+    tokenizer = side.tokenizer()
+    return None if tokenizer is None else tuple(tokenizer.encode(prompt))
+
+
+def _resolve(subject: Any, reference: Any, ask: Ask) -> tuple[tuple[int, ...], tuple[int, ...], str | None]:
+    """Ids for the subject, ids for the reference, and the text if there is one."""
+    if ask.ids is not None:
+        return ask.ids, ask.ids, None
+    saved = next((side.captures for side in (reference, subject) if isinstance(side, SavedSide)), None)
+    prompt = ask.prompt
+    if prompt is None and saved is not None:
+        prompt = saved.manifest.prompt
+        if prompt is None or not isinstance(subject, SavedSide):
+            return saved.tokens, saved.tokens, prompt
+    prompt = PROMPT if prompt is None else prompt
+    if not prompt:
+        raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
+    own, other = _encode(subject, prompt), _encode(reference, prompt) if reference is not None else None
+    if own is None:
+        if other is None or not ask.same_ids:
+            raise CannotRun(f"{subject.spelling} has no tokenizer for a text: give --prompt-ids, or --same-ids for the reference's", code="TOKENIZER")
+        own = other
+    return own, (own if other is None else other), prompt
+
+
+def _tokens_differ(subject: Any, reference: Any, own: Sequence[int], other: Sequence[int]) -> str:
+    """The sentence for sides that cut one text into different tokens."""
+    at = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
+
+    def piece(side: Any, ids: Sequence[int]) -> str:
+        if at >= len(ids):
+            return "nothing"
+        tokenizer = side.tokenizer() if not isinstance(side, SavedSide) else None
+        return f"{ids[at]} {tokenizer.id_to_piece(ids[at])!r}" if tokenizer else str(ids[at])
+
+    return (
+        f"The sides cut the same text into different tokens: at position {at} the subject has {piece(subject, own)}, the reference "
+        f"{piece(reference, other)} ({len(own)} and {len(other)} tokens). Nothing after that is comparable; --same-ids forces the reference's ids."
+    )
+
+
+# ---- the hunt ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """Everything that one judgement needs, opened.
+
+    Attributes
+    ----------
+    subject, reference : side
+        The reference is None if it is to be found: a recording beside the model, else the witness on the subject's weights.
+    planted : PlantedFault or None
+        What was planted in the subject.
+    right : side or None
+        The subject without the planted fault.
+    """
+
+    subject: Any
+    reference: Any = None
+    right: Any = None
+    planted: str | None = None
+    profiles: Mapping[str, str] = field(default_factory=dict)
+
+    def profile_of(self, party: str, side: Any) -> arithmetic.Profile | None:
+        """The declared arithmetic, or the one that the user declares instead."""
+        if party in self.profiles:
+            return arithmetic.profile(self.profiles[party])
+        found: arithmetic.Profile | None = side.profile
+        return found
+
+
+def open_hunt(subject: str, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None) -> Hunt:
+    """Open the sides.
+
+    Parameters
+    ----------
+    subject, against : str
+        Spellings of sides; ``witness`` alone runs on the subject's weights.
+    plant : str, optional
+        ``NAME[@SELECTOR]``: a catalogue fault to plant in our own engine.
+    profiles : mapping, optional
+        ``subject`` or ``reference`` to an arithmetic that replaces the declared one.
+    """
+    right: Any = None
+    if plant is not None:
+        right = sides.open_side(subject)
+        if not isinstance(right, OwnSide):
+            raise CannotRun(f"a fault can be planted in our own engine only, not in {subject}", code="PLANT")
+        data = right.model_data()
+        edits = faults.plant(plant, data["flags"], int(data["hparams"]["layers"]))
+        own: Any = OwnSide(right.path, backend=right.backend, edits=edits, spelling=right.spelling)
+    else:
+        own = _open(subject, None)
+    return Hunt(own, None if against is None else _open(against, own), right, plant, profiles or {})
+
+
+def _open(spelling: str, subject: Any) -> Any:
+    """A side by its spelling, the witness included."""
+    if spelling != "witness" and not spelling.startswith("witness:"):
+        return sides.open_side(spelling)
+    name = spelling.partition(":")[2]
+    if not name and subject is None:
+        raise CannotRun("the witness needs weights: witness:MODEL", code="WEIGHTS")
+    return WitnessSide(sides.open_side(name) if name else subject, spelling)
+
+
+def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0) -> Report:
+    """Run both sides on one question and judge them.
+
+    Parameters
+    ----------
+    opened : Hunt
+    ask : Ask
+    answer : int
+        Tokens of the greedy answers to show; 0 shows none.
+    steps : int
+        Tokens to generate (the reference's drive both); the first step whose choice differs is judged, else the last.
+    """
+    subject, reference = opened.subject, opened.reference
+    own, other, prompt = _resolve(subject, reference, ask)
+    if own != other and not ask.same_ids:
+        return Report(_undecided(opened, own, _tokens_differ(subject, reference, own, other)), prompt)
+    ids, notes = other, []
+    if reference is None:
+        reference = recorded(subject, ids) or WitnessSide(subject, "witness")
+        found = "recorded beside the model" if isinstance(reference, SavedSide) else "float64 definitions on the subject's own weights"
+        notes.append(f"reference: {reference.spelling}, {found}")
+    if steps:
+        ids, said = _differing_step(subject, reference, ids, steps)
+        notes.append(said)
+    judged, left, right, more = _judge(opened, reference, ids)
+    answers = _answers(opened, reference, ids, answer) if answer else ()
+    return Report(judged, prompt, answers, tuple(notes + more), "", left, right)
+
+
+def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> verdict.Verdict:
+    """The verdict for token ids that differ: nothing was run."""
+    parties = [_party(opened, name, side) for name, side in (("subject", opened.subject), ("reference", opened.reference))]
+    return verdict.Verdict(
+        verdict="divergence",
+        finding="tokens",
+        first=None,
+        wrong=(),
+        sentence=sentence,
+        compared=0,
+        unmeasured=(),
+        tokens=tuple(ids),
+        subject=parties[0],
+        reference=parties[1],
+        rows=(),
+    )
+
+
+def _party(opened: Hunt, name: str, side: Any, captures: Captures | None = None, results: Sequence[verdict.StageResult] = ()) -> verdict.Party:
+    profile = opened.profile_of(name, side)
+    manifest = captures.manifest if captures is not None else None
+    backend = None
+    if manifest is not None and manifest.backend:
+        backend = f"{manifest.backend} {manifest.tier}" if manifest.tier else manifest.backend
+    return verdict.Party(side.spelling, profile.name if profile else "float64", backend, manifest.model_digest if manifest else None, results)
+
+
+def _judge(opened: Hunt, reference: Any, ids: Sequence[int]) -> tuple[verdict.Verdict, Captures, Captures, list[str]]:
+    """Capture, check the contract, judge both sides locally, compare freely."""
+    subject = opened.subject
+    left = subject.capture(ids)
+    right = reference.capture(ids)
+    notes = check_contract(left, right)
+    models = {
+        "subject": weights_of(subject, left.manifest, _candidates(subject)),
+        "reference": weights_of(reference, right.manifest, _candidates(reference, subject)),
+    }
+    parties = {}
+    for name, side, captures in (("subject", subject, left), ("reference", reference, right)):
+        profile = opened.profile_of(name, side)
+        results = verdict.local(captures, models[name], profile) if profile is not None else []
+        parties[name] = _party(opened, name, side, captures, results)
+    cost = _quantization(models["subject"], models["reference"], ids)
+    judged = verdict.decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    notes += _remarks(judged, models, left, right)
+    return judged, left, right, notes
+
+
+def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids: Sequence[int]) -> dict[Key, float]:
+    """Relative L2 of the witness on the subject's weights against the witness on the reference's: what the weights alone make of the difference."""
+    if a is None or b is None:
+        return {}
+    wq, wo = witness.forward(a, ids), witness.forward(b, ids)
+    made = ((key, metrics.distance(wq[key], wo[key]).rel_l2) for key in wq if key in wo)
+    return {key: value for key, value in made if value is not None}
+
+
+def _remarks(judged: verdict.Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:
+    """What a reader must know to trust the verdict: its probes, its power, what was not judged."""
+    notes = []
+    seen = [r for r in judged.subject.results if r.power is not None]
+    if seen:
+        weakest, best = max(seen, key=lambda r: r.power or 0), min(seen, key=lambda r: r.power or 0)
+        notes.append(
+            f"power: a relative error of {best.power:.0e} ({best.stage}) to {weakest.power:.0e} ({weakest.stage}) of a whole stage would have been seen"
+            f" on these {len(judged.tokens)} tokens; decoding, padding and long contexts were not probed"
+        )
+    if judged.unmeasured:
+        names = ", ".join(dict.fromkeys(r.stage for r in judged.unmeasured))
+        notes.append(f"not judged on the subject: {names} ({judged.unmeasured[0].reason})")
+    if models["reference"] is None and judged.reference.results:
+        notes.append("the reference's weights were not found: its stages that need them are unmeasured")
+    for captures in (left, right):
+        if captures.manifest.attestation is False:
+            notes.append(f"{captures.manifest.side}: logits differ when nothing is captured; what was judged is not what makes the text")
+    return notes
+
+
+# ---- answers and steps ---------------------------------------------------------------------------------------------------------------
+
+
+def _text(side: Any, fallback: Any, ids: Sequence[int]) -> str:
+    tokenizer = side.tokenizer() or fallback.tokenizer()
+    return repr(tokenizer.decode(list(ids))) if tokenizer else " ".join(map(str, ids))
+
+
+def _answers(opened: Hunt, reference: Any, ids: Sequence[int], n: int) -> tuple[tuple[str, str], ...]:
+    """Greedy texts to show, the right one beside that of a planted fault."""
+    subject = opened.subject
+    out = []
+    if not isinstance(subject, SavedSide):
+        label = f"answer with {opened.planted}" if opened.planted else "answer"
+        out.append((label, _text(subject, subject, subject.generate(ids, n))))
+    if opened.right is not None:
+        out.append(("right answer", _text(opened.right, subject, opened.right.generate(ids, n))))
+    elif isinstance(reference, SavedSide):
+        if reference.captures.manifest.answer is not None:
+            out.append(("reference's answer", repr(reference.captures.manifest.answer)))
+    elif not isinstance(reference, WitnessSide):
+        out.append(("reference's answer", _text(reference, subject, reference.generate(ids, n))))
+    return tuple(out)
+
+
+def _differing_step(subject: Any, reference: Any, ids: Sequence[int], steps: int) -> tuple[tuple[int, ...], str]:
+    """Ids up to the first generated token on which the sides choose differently, the reference's tokens driving both."""
+    if isinstance(reference, SavedSide):
+        raise CannotRun("a recorded reference cannot generate: --steps needs --against a side that runs", code="STEPS")
+    driven = reference.generate(ids, steps)
+    full = (*ids, *driven)
+    if not driven:
+        return tuple(ids), "steps: the reference ends at once"
+    last = subject.capture(full, lambda key: key[0] == "lm_head")["lm_head", None]
+    chosen = [int(np.argmax(row)) for row in last[len(ids) - 1 : -1]]
+    for step, (mine, theirs) in enumerate(zip(chosen, driven, strict=True)):
+        if mine != theirs:
+            return full[: len(ids) + step], f"steps: the first choice that differs is step {step}: {mine} against {theirs}; that step is judged"
+    return full[:-1], f"steps: all {len(driven)} choices are equal; the last step is judged"
+
+
+def compare(
+    subject: str | None = None,
+    against: str | None = None,
+    *,
+    prompt: str | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    plant: str | None = None,
+    same_ids: bool = False,
+    answer: int = ANSWER,
+    steps: int = 0,
+) -> Report:
+    """Judge one side, against another if given.
+
+    Parameters
+    ----------
+    subject : str, optional
+        Spelling of a side (``model.gguf``, ``folder/``, ``hf:NAME@float16``, ``saved:folder``); the embedded canary if not given.
+    against : str, optional
+        The reference; if not given, stages recorded beside the model for just this prompt, else the witness on the subject's weights.
+    prompt : str, optional
+        Raw text; special tokens as the container's tokenizer declares.
+    prompt_ids : sequence of int, optional
+        Token ids instead of a text.
+    plant : str, optional
+        A catalogue fault to plant in our own engine first, ``NAME[@SELECTOR]``.
+    same_ids : bool
+        Run both sides on the reference's ids even if they cut the text differently.
+    answer : int
+        Tokens of the greedy answers to show.
+    steps : int
+        Generate so many tokens and judge the first step that differs.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    NotComparable
+        The sides hold unlike things; the message has both values.
+
+    Examples
+    --------
+    >>> aprender.compare().verdict
+    'agree'
+    >>> report = aprender.compare(plant="transposed@lm_head")
+    >>> report.verdict, report.first.stage
+    ('divergence', 'lm_head')
+    """
+    opened = open_hunt(aprender.canary() if subject is None else subject, against, plant)
+    ask = Ask(prompt, None if prompt_ids is None else tuple(prompt_ids), same_ids)
+    try:
+        return hunt(opened, ask, answer, steps)
+    finally:
+        for side in (opened.subject, opened.reference, opened.right):
+            if side is not None:
+                side.close()
+
+
+def with_command(report: Report, command: str) -> Report:
+    """The report with the command line that makes it again."""
+    return dataclasses.replace(report, reproduce=command)
+
+
+__all__ = ["Ask", "Error", "Hunt", "NotComparable", "Report", "compare", "hunt", "open_hunt", "with_command"]

@@ -1,0 +1,1 @@
+"""What a person or a script sees of a verdict.  Reads a finished :class:`~aprender.bisection.Report`; computes nothing."""

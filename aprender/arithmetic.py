@@ -94,8 +94,9 @@ class Profile:
     table_ulps : int
         How many float32 steps each rotary frequency may be from the correctly rounded definition: what the side's own power function does.
         The position product is one float32 rounding, cosine and sine are good to 1 ulp.
-    bits : frozenset of str
-        Operations (rows of ``ops.def``) whose recipe is fully declared and replayed: bit equality is demanded.
+    wide : bool
+        Inside every operation that is no dot product the arithmetic is float64 in a fixed order, rounded once to ``activations``; if
+        not, it is float32 with the roundings of ``judge.noise``.
     band : float
         Largest rms z of a clean stage with this row, the order unknown (measured; ``docs`` of ``judge.rule``).
     validated : bool
@@ -109,7 +110,7 @@ class Profile:
     order: Order
     fused_bias: bool
     table_ulps: int
-    bits: frozenset[str]
+    wide: bool
     band: float
     validated: bool
 
@@ -144,10 +145,6 @@ class Profile:
         return dataclasses.replace(self, order=Order(blocks=blocks, rows=int(found.get("rows", 1))))
 
 
-_COPIES = frozenset({"EMBED", "CACHE"})
-_ONE_OR_TWO_ROUNDINGS = frozenset({"ROPE", "ADD", "MUL"})
-
-
 def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
     """A row of Hugging Face transformers on a CPU, eager attention: one dtype, float32 inside each operation."""
     return Profile(
@@ -158,7 +155,7 @@ def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
         order=Order(),
         fused_bias=True,
         table_ulps=2,
-        bits=_COPIES | _ONE_OR_TWO_ROUNDINGS,
+        wide=False,
         band=band,
         validated=True,
     )
@@ -172,13 +169,13 @@ PROFILES: Mapping[str, Profile] = {
         _hf("hf-bf16", "bfloat16", BF16, 1.15),
         Profile(
             name="exact",
-            text="aprender: float32, 16 virtual lanes, fixed tree, explicit fma",
+            text="aprender: float32 dot products in 16 virtual lanes, all else float64 rounded once",
             activations=F32,
             cache=F32,
             order=Order(lanes=16),
             fused_bias=False,
             table_ulps=0,
-            bits=_COPIES | _ONE_OR_TWO_ROUNDINGS | {"BIAS", "RMSNORM"},
+            wide=True,
             band=1.5,
             validated=True,
         ),

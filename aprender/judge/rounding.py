@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from aprender.arithmetic import F32, Format
+from aprender.arithmetic import F16, F32, Format
 
 Float = NDArray[np.float64]
 
@@ -29,15 +29,16 @@ CERTAIN = 6.0
 def ulp(y: Float, fmt: Format) -> Float:
     """Step of the format at each |y| (the subnormal step near 0)."""
     exponent = ((np.ascontiguousarray(y, np.float64).view(np.int64) >> 52) & 0x7FF) - 1022  # as frexp counts: y = m 2^e, 1/2 <= m < 1
-    return ((np.maximum(exponent, fmt.least) - fmt.precision + 1023) << 52).view(np.float64)
+    biased: NDArray[np.int64] = np.maximum(exponent, fmt.least) - fmt.precision + 1023
+    return (biased << 52).view(np.float64)
 
 
 def to_format(y: Float, fmt: Format) -> Float:
     """Round to nearest, ties to even, in one step; infinite from ``fmt.overflow`` up."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if fmt.name == "f32":
+        if fmt == F32:
             return y.astype(np.float32).astype(np.float64)
-        if fmt.name == "f16":
+        if fmt == F16:
             return y.astype(np.float16).astype(np.float64)
         step = ulp(y, fmt)
         out = np.rint(y / step) * step

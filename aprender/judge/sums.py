@@ -50,7 +50,7 @@ class Dot:
     @property
     def size(self) -> int:
         """Number of products."""
-        return self.x.shape[0] * self.x.shape[1] * self.w.shape[1] * self.x.shape[2]
+        return int(self.x.size * self.w.shape[1])
 
     def value(self) -> Float:
         """The products in float64: [B, T, N]."""

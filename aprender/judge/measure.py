@@ -1,0 +1,342 @@
+"""One stage measured: how far the captured value is from its prediction, in what a correct engine leaves.
+
+Owns the statistics (I, z, groups, row factors, bits, non-finite values), the two-stage test, and the power.  Refuses to know which stage it
+is.  Called by ``judge.verdict`` with a captured array, its :class:`~aprender.judge.noise.Prediction` and the run's gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprender.judge import sums
+from aprender.judge.noise import Prediction
+from aprender.judge.rounding import CERTAIN, Float, interval, ulp
+from aprender.judge.rule import SUSPICION, Gates
+from aprender.judge.witness import Mask
+
+IMPOSSIBLE = 1e9
+"""What a deviation is reported as where none at all is allowed (a probability for a forbidden key, a copied value that changed)."""
+
+SAMPLE = 4096
+"""Elements that are recomputed exactly when a group is suspicious: enough to tell 1.15 from 1 at 10 sigma."""
+
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of elements: one row (token), one column (channel), one head; or all."""
+
+    axis: str
+    index: int
+    rms: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was found at one stage.
+
+    Attributes
+    ----------
+    n : int
+        Elements compared.
+    i_max, z_rms, z_max, z_mean : float or None
+        Largest |I|; root mean square, largest magnitude and mean of z.  :data:`IMPOSSIBLE` is the ceiling.  None if nothing is compared.
+    bit_equal : float
+        Share equal to the emulation, bit for bit (-0 is 0).
+    worst : Group or None
+        Group with the largest rms z relative to its gate.
+    deviation : float
+        The statistic that decided, as Gaussian standard deviations of an element; infinite for bits.
+    reasons : tuple of str
+        Why it is wrong; empty if it is not.
+    overflowed, nonfinite : int
+        Elements that the declared arithmetic itself makes infinite; captured elements that are not finite.
+    power : float
+        Smallest relative error of the whole stage that these gates see.
+    """
+
+    n: int
+    i_max: float | None
+    z_rms: float | None
+    z_max: float | None
+    z_mean: float | None
+    bit_equal: float
+    worst: Group | None
+    deviation: float
+    reasons: tuple[str, ...]
+    overflowed: int
+    nonfinite: int
+    power: float | None
+
+
+def group_count(shape: tuple[int, ...]) -> int:
+    """How many groups :func:`measure` tests in an array of this shape, the whole of it and the row factors included."""
+    return 1 + sum(shape) + int(np.prod(shape[:-1]))
+
+
+def measure(captured: Float, made: Prediction, gates: Gates, band: float) -> Measure:
+    """Judge one captured value.
+
+    Parameters
+    ----------
+    captured : array
+        As the side has it, widened to float64; the shape of ``made.pre``.
+    made : Prediction
+    gates : Gates
+    band : float
+        Largest clean rms z of the profile.
+    """
+    want = made.bits()
+    compared = np.ones(captured.shape, bool) if made.compared is None else made.compared
+    broken, overflowed = _nonfinite(captured, want, made, compared)
+    usable = compared & np.isfinite(captured) & np.isfinite(want) & np.isfinite(made.plain)
+    n = int(np.count_nonzero(usable))
+    nonfinite = int(np.count_nonzero(compared & ~np.isfinite(captured)))
+    if n == 0:
+        return Measure(n, None, None, None, None, 0.0, None, np.inf, broken, overflowed, nonfinite, None)
+    same = captured == want
+    exact = usable & np.broadcast_to(np.asarray(made.certain), captured.shape)
+    changed = exact & ~same
+    noisy = usable & ~exact
+    scores = _Scores(captured, made, usable)
+    reasons, deviation = list(broken), np.inf if broken else 0.0
+    if changed.any():
+        at = np.unravel_index(int(np.argmax(changed)), changed.shape)
+        count = int(np.count_nonzero(changed))
+        reasons.append(f"{count} of {n} elements are not the bits that the declared recipe gives, first at {list(map(int, at))}")
+        deviation = np.inf
+    worst = None
+    if noisy.any():
+        said, worst, far = _gated(scores, noisy, same, gates, band)
+        reasons += said
+        deviation = max(deviation, far)
+    i = np.where(exact, np.where(changed, IMPOSSIBLE, 0.0), np.minimum(np.abs(scores.i), IMPOSSIBLE))
+    z = np.clip(scores.z[noisy if noisy.any() else usable], -IMPOSSIBLE, IMPOSSIBLE)
+    return Measure(
+        n=n,
+        i_max=float(i[usable].max()),
+        z_rms=float(min(np.sqrt(np.mean(z * z)), IMPOSSIBLE)),
+        z_max=float(np.abs(z).max()),
+        z_mean=float(np.mean(z)),
+        bit_equal=float(np.count_nonzero(same & usable) / n),
+        worst=worst,
+        deviation=float(deviation),
+        reasons=tuple(reasons),
+        overflowed=overflowed,
+        nonfinite=nonfinite,
+        power=power(made, usable, gates, band),
+    )
+
+
+def _nonfinite(captured: Float, want: Float, made: Prediction, compared: Mask) -> tuple[tuple[str, ...], int]:
+    """Non-finite values first: why they are wrong, and how many the declared arithmetic itself overflows.
+
+    A value within the noise of the overflow boundary may fall on either side.
+    """
+    got, due = ~np.isfinite(captured), ~np.isfinite(want)
+    if not (got.any() or due.any()):
+        return (), 0
+    with np.errstate(invalid="ignore"):
+        edge = np.abs(np.abs(made.pre) - made.format.overflow) <= CERTAIN * np.sqrt(made.sigma2)
+    alike = (np.isnan(captured) & np.isnan(want)) | (captured == want)
+    wrong = compared & (got | due) & ~alike & ~edge
+    overflowed = int(np.count_nonzero(compared & np.isinf(want) & np.isfinite(made.plain) & got))
+    if not wrong.any():
+        return (), overflowed
+    nans, infinite = int(np.count_nonzero(wrong & np.isnan(captured))), int(np.count_nonzero(wrong & np.isinf(captured)))
+    finite = int(np.count_nonzero(wrong)) - nans - infinite
+    parts = [f"{c} {what}" for c, what in ((nans, "NaN"), (infinite, "infinite"), (finite, "finite where none should be")) if c]
+    return (f"values that the replay does not have: {', '.join(parts)}",), overflowed
+
+
+class _Scores:
+    """I and z of every element, and how to compute some of them again from all partial sums."""
+
+    def __init__(self, captured: Float, made: Prediction, usable: Mask) -> None:
+        self.captured, self.made = captured, made
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.residual = np.where(usable, captured - made.plain, 0.0)
+            self.i = np.where(usable, interval(captured, made.pre, np.sqrt(made.sigma2), made.format), 0.0)
+        self.z = _ratio(self.residual, made.variance)
+        self.factor: Float | None = None
+        if made.row is not None:
+            self.z, self.factor = _whiten(self.z, np.where(usable, made.plain, 0.0), made)
+
+    def again(self, flat: Index) -> tuple[Float, Float]:
+        """I and z of some elements with the variance from their own partial sums, or 0 where the declared order gives these bits."""
+        made, captured = self.made, self.captured.ravel()[flat]
+        if made.dot is None or made.added is None:
+            return self.i.ravel()[flat], self.z.ravel()[flat]
+        at = made.dot_index(flat)  # what was computed exactly stays, also for the report
+        change = made.gain * sums.exact(made.dot, at) - made.added.ravel()[flat]
+        sigma2 = np.maximum(made.sigma2.ravel()[flat] + change, 0.0)
+        i = interval(captured, made.pre.ravel()[flat], np.sqrt(sigma2), made.format)
+        z = _ratio(self.residual.ravel()[flat], np.maximum(made.variance.ravel()[flat] + change, 0.0))
+        self.i.ravel()[flat], self.z.ravel()[flat] = i, z
+        return i, z
+
+
+def _ratio(residual: Float, variance: Float) -> Float:
+    """Residual in standard deviations; where none is allowed, 0 or infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(residual == 0, 0.0, residual / np.sqrt(variance))
+
+
+def _whiten(z: Float, plain: Float, made: Prediction) -> tuple[Float, Float]:
+    """Take the row's common factor into account as a covariance, with its predicted size; never by fitting a free scale.
+
+    With a = plain / sd the scores of a row have covariance 1 + s^2 a a^T.  Along a the score is divided by sqrt(1 + s^2 |a|^2), across it
+    nothing changes; the first is returned too, as one standard normal number per row.
+    """
+    assert made.row is not None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a = np.where(made.variance > 0, plain / np.sqrt(made.variance), 0.0).reshape(-1, made.width)
+    rows = np.where(np.isfinite(z), z, 0.0).reshape(-1, made.width)
+    length = np.sqrt((a * a).sum(axis=1, keepdims=True))
+    direction = a / np.where(length > 0, length, 1.0)
+    along = (rows * direction).sum(axis=1, keepdims=True)
+    factor = along / np.sqrt(1.0 + np.square(made.row * length))
+    white = (rows - (along - factor) * direction).reshape(z.shape)
+    return np.where(np.isfinite(z), white, z), factor[:, 0]
+
+
+def _gated(scores: _Scores, noisy: Mask, same: Mask, gates: Gates, band: float) -> tuple[list[str], Group | None, float]:
+    """The noise tests: reasons, the worst group, and the strongest deviation as that of an element."""
+    reasons: list[str] = []
+    made = scores.made
+    settled = same if made.expected is not None else np.zeros_like(same)  # the declared order gives these very bits
+    i = np.where(noisy & ~settled, np.abs(scores.i), 0.0)
+    far = float(i.max())
+    if far > SUSPICION * gates.element:
+        flat = np.flatnonzero(i > SUSPICION * gates.element)
+        flat = flat[np.argsort(i.ravel()[flat])[::-1][:SAMPLE]]
+        again = np.abs(scores.again(flat)[0])
+        far = float(again.max())
+        if far > gates.element:
+            at = list(map(int, np.unravel_index(int(flat[np.argmax(again)]), i.shape)))
+            count = int(np.count_nonzero(again > gates.element))
+            more = "at least " if len(flat) == SAMPLE else ""
+            reasons.append(
+                f"{more}{count} elements outside their rounding interval, by up to {_say(far)} sigma at {at} (gate {gates.element:.1f})"
+            )
+    worst, said = _groups(scores, noisy & ~settled, gates, band)
+    reasons += said
+    if scores.factor is not None:
+        top = float(np.abs(scores.factor).max())
+        shared = float(np.sqrt(np.mean(np.square(scores.factor))))
+        limit = float(gates.group(np.array(len(scores.factor)), band))
+        if top > band * gates.element or shared**2 > limit:
+            reasons.append(f"rows are scaled as no rounding of the norm does: factor {_say(top)} sigma at most, rms {_say(shared)}")
+            far = max(far, top)
+    return reasons, worst, far if not said else max(far, gates.element)
+
+
+def _say(x: float) -> str:
+    return f"{x:.3g}" if x < IMPOSSIBLE else "any number of"
+
+
+def _groups(scores: _Scores, mask: Mask, gates: Gates, band: float) -> tuple[Group | None, list[str]]:
+    """Root mean square z of the stage and of each row, column and head; the worst one is recomputed exactly before it is called wrong."""
+    made, squares = scores.made, np.where(mask, np.square(np.minimum(np.abs(scores.z), IMPOSSIBLE)), 0.0)
+    worst: tuple[float, Group, Index] | None = None
+    suspects: list[tuple[float, Group, Index]] = []
+    for axis, sizes, totals, member in _partitions(squares, mask, made):
+        mean = totals / np.maximum(sizes, 1)
+        effective = _effective(axis, sizes, mask, made)
+        share = np.where(sizes > 0, mean, 0.0) / gates.group(np.maximum(effective, 1.0), band)
+        k = int(np.argmax(share))
+        found = (float(share[k]), Group(axis, k, float(np.sqrt(mean[k]))), np.flatnonzero(member(k) & mask))
+        worst = found if worst is None or found[0] > worst[0] else worst
+        if found[0] > 1.0:
+            suspects.append(found)
+    said = []
+    for _, group, flat in sorted(suspects, key=lambda s: -s[0]):
+        pick = flat if len(flat) <= SAMPLE else np.sort(np.random.default_rng(0).choice(flat, SAMPLE, replace=False))
+        z = np.minimum(np.abs(scores.again(pick)[1]), IMPOSSIBLE)
+        n = len(pick) * min(1.0, float(np.atleast_1d(_effective(group.axis, np.array([len(flat)]), mask, made))[0]) / len(flat))
+        rms = float(np.sqrt(np.mean(z * z)))
+        gate = float(np.sqrt(gates.group(np.array(max(n, 1.0)), band)))
+        if rms > gate:
+            name = "the stage" if group.axis == "all" else f"{group.axis} {group.index}"
+            said.append(f"rms z of {name} is {_say(rms)} (gate {gate:.2f}, {len(pick)} elements)")
+            break
+    return (worst[1] if worst else None), said
+
+
+Partition = tuple[str, NDArray[np.int64], Float, "_Member"]
+
+
+class _Member:
+    """Which elements of a shape belong to the k-th group along an axis."""
+
+    def __init__(self, shape: tuple[int, ...], axis: int | None) -> None:
+        self.shape, self.axis = shape, axis
+
+    def __call__(self, k: int) -> Mask:
+        out = np.zeros(self.shape, bool)
+        out[(slice(None),) * (self.axis or 0) + ((k,) if self.axis is not None else ())] = True
+        return out
+
+
+def _partitions(squares: Float, mask: Mask, made: Prediction) -> Iterator[Partition]:
+    """The stage as a whole, then by token, channel or key, and head: name, sizes, sums of squares, membership."""
+    yield "all", np.array([np.count_nonzero(mask)]), np.array([squares.sum()]), _Member(mask.shape, None)
+    names = ("head", "token", "key") if squares.ndim == 3 else ("token", "channel")
+    for axis, name in enumerate(names):
+        others = tuple(a for a in range(squares.ndim) if a != axis)
+        yield name, np.count_nonzero(mask, axis=others), squares.sum(axis=others), _Member(mask.shape, axis)
+
+
+def _effective(axis: str, sizes: NDArray[np.int64], mask: Mask, made: Prediction) -> Float:
+    """Independent elements in each group; noise in an input is shared by a whole row, which then counts once."""
+    if not made.shared:
+        return sizes.astype(np.float64)
+    rows = float(np.prod(mask.shape[:-1]))
+    per_row = mask.shape[-1]
+    return np.full(sizes.shape, rows) if axis == "all" else np.maximum(sizes / per_row if axis in ("token", "head") else sizes, 1.0)
+
+
+def power(made: Prediction, usable: Mask, gates: Gates, band: float) -> float | None:
+    """Smallest relative error of a whole stage (a scale on all of it) that the gates see with this capture.
+
+    By bits: three elements that change.  By I: three that cross a rounding boundary and leave it by the element gate.  By z: the rms of
+    the stage passes its gate.  By the row factor: its rms does.  A fault in one row or one weight needs more: divide by its share.
+
+    Returns
+    -------
+    float or None
+        None if everything is 0.
+    """
+    flat = np.flatnonzero(usable & (made.plain != 0))
+    if len(flat) == 0:
+        return None
+    scale = max(1.0, len(flat) / 2048)
+    if scale > 1:
+        flat = np.random.default_rng(0).choice(flat, 2048, replace=False)
+    y, step = np.abs(made.plain.ravel()[flat]), ulp(made.pre.ravel()[flat], made.format)
+    certain = np.broadcast_to(np.asarray(made.certain), made.pre.shape).ravel()[flat]
+    sigma = np.where(certain, 0.0, np.sqrt(made.sigma2.ravel()[flat]))
+
+    def crossings(delta: float) -> float:
+        return scale * float(np.clip((delta * y - gates.element * sigma) / step, 0.0, 1.0).sum())
+
+    low, high = 1e-12, 1.0
+    for _ in range(24):
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if crossings(middle) >= 3 else (middle, high)
+    best = high
+    variance = made.variance.ravel()[flat]
+    with np.errstate(divide="ignore"):
+        weight = float(np.mean(np.where(certain | (variance == 0), 0.0, y * y / np.where(variance > 0, variance, 1.0))))
+    if made.row is not None and weight > 0:
+        seen = made.width * weight / (1.0 + np.mean(made.row**2) * made.width * weight)
+        best = min(best, float(np.sqrt((gates.group(np.array(made.row.size), band) - 1.0) / seen)))
+    elif weight > 0:
+        n = float(np.prod(made.pre.shape[:-1])) if made.shared else scale * len(flat)
+        best = min(best, float(np.sqrt((gates.group(np.array(n), band) - 1.0) / weight)))
+    return best

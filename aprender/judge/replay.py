@@ -1,0 +1,237 @@
+"""Which inputs each stage is judged on: the side's own captured ones, or an estimate that spans what it did not show.
+
+Owns the wiring (the wires of ``stages.def`` walked once, as the planner does), the choice between a captured input and an estimated one,
+and the reasons why a stage cannot be judged.  Refuses to read a value that the side recomputed (*derived*): a derived input is estimated
+from what is before it, and the judged region spans it.  Called by ``judge.verdict``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from aprender import _core, stages
+from aprender.arithmetic import Profile
+from aprender.captures import DERIVED, LAST, PAIRS, Captures, halves_from_pairs
+from aprender.judge.noise import FUSED, PREDICT, Operand, Prediction, Setting
+from aprender.judge.sums import Index
+from aprender.judge.witness import Float, HParams, ModelData, Weights
+from aprender.stages import Key, Stage
+
+LONGEST_REGION = 4
+"""Stages that an estimate may span.  First-order propagation was measured over three (norm to down projection); a whole layer was not."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a side captured of one sequence, as plain data.
+
+    Attributes
+    ----------
+    values : mapping
+        (stage, layer) to an array; scores and probabilities are [H, T, J].
+    tokens : tuple of int
+    positions, keys : array
+        Positions of the T tokens and of the J keys.
+    derived : frozenset
+        Keys of ``values`` that were recomputed and not captured.
+    last : frozenset
+        Keys of ``values`` that hold the last token only.
+    """
+
+    values: Mapping[Key, NDArray[np.float32]] = field(repr=False)
+    tokens: tuple[int, ...]
+    positions: Index
+    keys: Index
+    derived: frozenset[Key] = frozenset()
+    last: frozenset[Key] = frozenset()
+
+    @classmethod
+    def of(cls, captures: Captures) -> Sample:
+        """The sample of a capture: lanes as halves, positions from its manifest."""
+        notes, positions = captures.manifest.tensors, np.asarray(captures.manifest.positions, np.int64)
+        cached = [note.shape[stages.stage(key[0]).shape.index("J")] for key, note in notes.items() if "J" in stages.stage(key[0]).shape]
+        count = max([len(positions), *cached])
+        first = positions[-1] + 1 - count if len(positions) else 0
+        return cls(
+            values=_Halves(captures) if any(note.lanes == PAIRS for note in notes.values()) else captures,
+            tokens=captures.tokens,
+            positions=positions,
+            keys=positions if count == len(positions) else np.arange(first, first + count),
+            derived=frozenset(key for key, note in notes.items() if note.origin == DERIVED),
+            last=frozenset(key for key, note in notes.items() if note.positions == LAST),
+        )
+
+
+class _Halves(Mapping[Key, NDArray[np.float32]]):
+    """A capture seen in Hugging Face lane order."""
+
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+
+    def __getitem__(self, key: Key) -> NDArray[np.float32]:
+        note, value = self._captures.manifest.tensors[key], self._captures[key]
+        return halves_from_pairs(value, stages.stage(key[0]), self._captures.manifest.hparams) if note.lanes == PAIRS else value
+
+    def __iter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+        return iter(self._captures)
+
+    def __len__(self) -> int:
+        return len(self._captures)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._captures
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input: the stage that wrote the wire last, and which columns of it (None is all)."""
+
+    key: Key
+    part: str | None = None
+
+
+def wiring(flags: frozenset[str], layers: int) -> dict[Key, tuple[Source, ...]]:
+    """Every stage of a model with the stages that it reads, in execution order.
+
+    A wire is the latest value of its kind; the buffer of q, k and v is read as a whole or as one of three views.
+    """
+    latest: dict[str, Source] = {}
+    out: dict[Key, tuple[Source, ...]] = {}
+    for key in stages.keys(flags, layers):
+        row = stages.stage(key[0])
+        out[key] = tuple(latest[wire] for wire in (row.a, row.b) if wire is not None)
+        if row.out is not None:
+            latest[row.out] = Source(key)
+            if row.out == "QKV":
+                latest |= {part: Source(key, part) for part in row.out}
+    return out
+
+
+def ancestors(wires: Mapping[Key, tuple[Source, ...]]) -> dict[Key, frozenset[Key]]:
+    """Every stage with all stages that its value depends on."""
+    out: dict[Key, frozenset[Key]] = {}
+    for key, sources in wires.items():
+        out[key] = frozenset().union(*({source.key} | out[source.key] for source in sources))
+    return out
+
+
+class Unmeasured(Exception):  # noqa: N818 (a reason, not an error)
+    """Why a stage cannot be judged."""
+
+
+class Replay:
+    """One side's captures, ready to be replayed stage by stage.
+
+    Parameters
+    ----------
+    sample : Sample
+    profile : Profile
+        The side's arithmetic.
+    hparams, flags : mapping, frozenset
+        The model as the side holds it.
+    weights : mapping or None
+        As in :class:`~aprender.judge.witness.ModelData`; None where no one has them.
+    """
+
+    def __init__(self, sample: Sample, profile: Profile, hparams: HParams, flags: frozenset[str], weights: Weights | None) -> None:
+        self.sample, self.profile, self.hparams, self.flags, self.weights = sample, profile, hparams, flags, weights
+        self.wires = wiring(flags, int(hparams["layers"]))
+        qd, kd = int(hparams["heads"]) * int(hparams["head"]), int(hparams["kv_heads"]) * int(hparams["head"])
+        self._columns = {"Q": slice(0, qd), "K": slice(qd, qd + kd), "V": slice(qd + kd, qd + 2 * kd)}
+
+    @classmethod
+    def of(cls, captures: Captures, model: ModelData | None, profile: Profile) -> Replay:
+        """From a capture; without a model the manifest's hyper-parameters and flags are taken, and weights are missing."""
+        m = captures.manifest
+        if model is None:
+            return cls(Sample.of(captures), profile, m.hparams, m.flags, None)
+        return cls(Sample.of(captures), profile, model.hparams, model.flags, model.weights)
+
+    def captured(self, key: Key) -> Float:
+        """The captured value in float64, cut to the rows that this run computed (a cache may hold older ones)."""
+        if key not in self.sample.values:
+            raise Unmeasured("the side did not show it")
+        if key in self.sample.derived:
+            raise Unmeasured("recomputed from the side's own input, not captured: judged together with the next captured stage")
+        value = np.asarray(self.sample.values[key], np.float64)
+        fresh = stages.stage(key[0]).shape[0] == "J" and value.shape[0] > len(self.sample.tokens)
+        return value[-len(self.sample.tokens) :] if fresh else value
+
+    def predict(self, key: Key, last: bool = False, captured: Float | None = None) -> tuple[Prediction, tuple[Key, ...]]:
+        """What the side should have captured, and the stages that the estimate spans besides its own.
+
+        Parameters
+        ----------
+        key : Key
+        last : bool
+            For the last token only.
+        captured : array, optional
+            What the side did capture.
+
+        Raises
+        ------
+        Unmeasured
+            An input or a weight is missing.
+        """
+        row = stages.stage(key[0])
+        spans: list[Key] = []
+        rows, op, sources = [row], row.op, self.wires[key]
+        if self.profile.fused_bias and op in FUSED:  # the product before the bias does not exist on such a side
+            before = sources[0].key
+            op, sources, rows = FUSED[op], self.wires[before], [stages.stage(before[0]), row]
+        operands = [self._operand(source, last, spans) for source in sources]
+        if len(spans) > LONGEST_REGION:
+            raise Unmeasured("none of its inputs was captured near enough: " + ", ".join(stages.spell(k) for k in spans[:3]) + " …")
+        tokens = slice(-1, None) if last else slice(None)
+        setting = Setting(
+            profile=self.profile,
+            hparams=self.hparams,
+            tokens=self.sample.tokens[tokens],
+            positions=self.sample.positions[tokens],
+            keys=self.sample.keys,
+            weights=self._parts([r.weight for r in rows], key[1]),
+            biases=self._parts([r.bias for r in rows], key[1]),
+            captured=captured,
+        )
+        made = PREDICT[op](setting, operands)
+        return dataclasses.replace(made, shared=any(o.variance is not None for o in operands)), tuple(spans)
+
+    def _operand(self, source: Source, last: bool, spans: list[Key]) -> Operand:
+        """An input as captured, else as estimated; ``spans`` grows by what was estimated."""
+        key, row = source.key, stages.stage(source.key[0])
+        columns = self._columns[source.part] if source.part else slice(None)
+        known = key in self.sample.values and key not in self.sample.derived and (last or key not in self.sample.last)
+        if known:
+            value = np.asarray(self.sample.values[key], np.float64)
+            return Operand(self._cut(value, row, last and key not in self.sample.last)[..., columns])
+        if row.shape[0] == "J" and len(self.sample.keys) > len(self.sample.tokens):
+            raise Unmeasured(f"{stages.spell(key)} was not captured, and it holds tokens from before this run")
+        whole = row.shape[0] == "J"  # keys and values of all tokens are read, also for the last token
+        made, before = self.predict(key, last and not whole)
+        spans.extend((*before, key))
+        estimate = made.operand()
+        spread = None if estimate.variance is None else estimate.variance[..., columns]
+        return Operand(estimate.value[..., columns], spread)
+
+    def _cut(self, value: Float, row: Stage, last: bool) -> Float:
+        """The last token of a value, if asked for and if the value has a token axis."""
+        return np.take(value, [-1], axis=row.shape.index("T")) if last and "T" in row.shape else value
+
+    def _parts(self, groups: list[str | None], layer: int | None) -> tuple[ArrayLike, ...]:
+        """The weights of the groups, part by part in table order, as far as the model's flags switch them on."""
+        parts: list[ArrayLike] = []
+        for name, group, _, _, _, _, otherwise, flag in _core.WEIGHTS:
+            if group not in groups or not (flag == "ALWAYS" or flag in self.flags or otherwise):
+                continue
+            if self.weights is None:
+                raise Unmeasured("it needs the side's weights, and there are none")
+            owner: Key = (name, layer)
+            if owner not in self.weights:
+                raise Unmeasured(f"the weight {stages.spell(owner)} was not given")
+            parts.append(self.weights[owner])
+        return tuple(parts)

@@ -215,9 +215,9 @@ static PyGetSetDef file_getset[] = {
     { NULL, NULL, NULL, NULL, NULL },
 };
 static PyMethodDef file_methods[] = {
-    { "get", file_get, METH_VARARGS, "get(key, default=None)\n--\n\nThe value of one metadata key, without building the others." },
-    { "raw", file_raw, METH_O, "raw(name)\n--\n\nThe bytes of a tensor: uint8 view, read-only, not copied." },
-    { "dequantize", file_dequantize, METH_O, "dequantize(name)\n--\n\nThe values of a tensor as float32, by the reference decoder." },
+    { "get", file_get, METH_VARARGS, "get($self, key, default=None, /)\n--\n\nThe value of one metadata key, without building the others." },
+    { "raw", file_raw, METH_O, "raw($self, name, /)\n--\n\nThe bytes of a tensor: uint8 view, read-only, not copied." },
+    { "dequantize", file_dequantize, METH_O, "dequantize($self, name, /)\n--\n\nThe values of a tensor as float32, by the reference decoder." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot file_slots[] = {

@@ -150,8 +150,8 @@ static PyGetSetDef model_getset[] = {
     { NULL, NULL, NULL, NULL, NULL },
 };
 static PyMethodDef model_methods[] = {
-    { "weight", model_weight, METH_VARARGS, "weight(name, layer=None)\n--\n\nValues as float32 in Hugging Face lane order, [out, in] or [n]." },
-    { "weight_raw", model_weight_raw, METH_VARARGS, "weight_raw(name, layer=None)\n--\n\nThe file's bytes, one row per weight row: uint8 view, read-only, in the file's lane order." },
+    { "weight", model_weight, METH_VARARGS, "weight($self, name, layer=None, /)\n--\n\nValues as float32 in Hugging Face lane order, [out, in] or [n]." },
+    { "weight_raw", model_weight_raw, METH_VARARGS, "weight_raw($self, name, layer=None, /)\n--\n\nThe file's bytes, one row per weight row: uint8 view, read-only, in the file's lane order." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot model_slots[] = {

@@ -365,11 +365,11 @@ static PyGetSetDef run_getset[] = {
 };
 static PyMethodDef run_methods[] = {
     { "forward", (PyCFunction)(void (*)(void))run_forward, METH_VARARGS | METH_KEYWORDS,
-      "forward(tokens, keep=None, feed=None)\n--\n\nRun the next tokens and return the kept stages.\n\n`keep` is \"all\" or a sequence of (stage, layer); None as the layer of a layer\nstage means every layer. `feed` {(stage, layer): array} replaces values. Only what\nthe kept stages and the cache need is computed." },
+      "forward($self, tokens, keep=None, feed=None)\n--\n\nRun the next tokens and return the kept stages.\n\n`keep` is \"all\" or a sequence of (stage, layer); None as the layer of a layer\nstage means every layer. `feed` {(stage, layer): array} replaces values. Only what\nthe kept stages and the cache need is computed." },
     { "replay", (PyCFunction)(void (*)(void))run_replay, METH_VARARGS | METH_KEYWORDS,
-      "replay(tokens, keep=None, feed=None)\n--\n\nLike forward, but the position stays and only what `keep` needs is run: with the inputs\nof one stage fed, exactly that stage. A fed k_cache or v_cache replaces the cache." },
-    { "reset", run_reset, METH_NOARGS, "reset()\n--\n\nForget all tokens." },
-    { "plan", run_plan, METH_VARARGS, "plan(tokens=1)\n--\n\nThe steps that a forward of so many tokens would take, with every parameter, as dicts." },
+      "replay($self, tokens, keep=None, feed=None)\n--\n\nLike forward, but the position stays and only what `keep` needs is run: with the inputs\nof one stage fed, exactly that stage. A fed k_cache or v_cache replaces the cache." },
+    { "reset", run_reset, METH_NOARGS, "reset($self)\n--\n\nForget all tokens." },
+    { "plan", run_plan, METH_VARARGS, "plan($self, tokens=1, /)\n--\n\nThe steps that a forward of so many tokens would take, with every parameter, as dicts." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot run_slots[] = {

@@ -1,0 +1,318 @@
+"""Types of the C extension ``aprender._core``; ``python -m mypy.stubtest aprender._core`` holds this file against it.
+
+The tables are the row files ``csrc/**/*.def`` as tuples, in file order; each alias below names the columns of one of them.  Nothing else lists
+stages, operations, weights or formats.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias, final
+
+import numpy as np
+from _typeshed import structseq
+from numpy.typing import ArrayLike, NDArray
+
+# ---- the tables ---------------------------------------------------------------------------------------------------------------------------
+
+_StageRow: TypeAlias = tuple[str, str, str, str, str, str, str, str | None, str | None, str, str, str, str, str]
+"""name, span (ONCE LAYER TAIL), op, out wire, a wire, b wire ("NONE": none), shape ("T QKV"), weight group, bias group, flag ("ALWAYS"), lanes,
+Hugging Face site, llama.cpp node, population in APRT (ALL LAST NONE)."""
+
+_NamedRow: TypeAlias = tuple[str, str]
+"""name, what it is."""
+
+_WeightRow: TypeAlias = tuple[str, str, str, str, str, str, str | None, str]
+"""name, group (its first row), GGUF name, Hugging Face name (``%d``: the layer), shape ("Qd D"), form (MATRIX VECTOR BIAS), what takes its place
+when the flag is off, flag."""
+
+_ArchRow: TypeAlias = tuple[str, str, frozenset[str], frozenset[str]]
+"""name, class in config.json, flags always on, flags that the configuration may add."""
+
+_QuirkRow: TypeAlias = tuple[str, str, str]
+"""architecture, container, quirk."""
+
+_HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
+"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, its older spelling, need (REQUIRED DERIVED)."""
+
+_FormatRow: TypeAlias = tuple[str, int, str, int, int, bool]
+"""name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read."""
+
+_TierRow: TypeAlias = tuple[str, bool]
+"""name, available on this CPU; worst first."""
+
+_ErrorRow: TypeAlias = tuple[str, str, str]
+"""kind, code shown to the user, Python class."""
+
+STAGES: Final[tuple[_StageRow, ...]]
+OPS: Final[tuple[_NamedRow, ...]]
+FLAGS: Final[tuple[_NamedRow, ...]]
+WEIGHTS: Final[tuple[_WeightRow, ...]]
+ARCHS: Final[tuple[_ArchRow, ...]]
+QUIRKS: Final[tuple[_QuirkRow, ...]]
+HPARAMS: Final[tuple[_HparamRow, ...]]
+FORMATS: Final[tuple[_FormatRow, ...]]
+CONTAINERS: Final[tuple[str, ...]]
+TIERS: Final[tuple[_TierRow, ...]]
+ERRORS: Final[tuple[_ErrorRow, ...]]
+
+# ---- files --------------------------------------------------------------------------------------------------------------------------------
+
+@final
+class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
+    """A tensor of a file."""
+
+    __match_args__: Final = ("name", "format", "shape", "nbytes", "offset")
+    @property
+    def name(self) -> str: ...
+    @property
+    def format(self) -> str:
+        """Row of FORMATS."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outermost first."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+    @property
+    def offset(self) -> int:
+        """Of the first byte, in the file."""
+
+@final
+class File:
+    """An opened container: GGUF, safetensors, or a folder with model.safetensors and config.json.
+
+    Every range is checked here, before a byte is handed out.
+
+    Raises
+    ------
+    FormatError
+        The file is not what it claims to be.
+    OSError
+        It cannot be read.
+    MemoryError
+    """
+
+    def __new__(cls, path: str | bytes | os.PathLike[str]) -> File: ...
+    @property
+    def path(self) -> str:
+        """The file that was opened; for a folder, its model.safetensors."""
+    @property
+    def container(self) -> str:
+        """A row of CONTAINERS."""
+    @property
+    def version(self) -> int:
+        """Of the container; 0 where it has none."""
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Every key and value, built anew; config.json is flattened with dots.
+
+        Numbers, strings and booleans as Python has them; arrays of numbers as NumPy arrays, arrays of strings as lists; JSON arrays as lists.
+        """
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The metadata keys, in file order."""
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """In file order."""
+    def get(self, key: str, default: Any = None, /) -> Any:
+        """The value of one metadata key, without building the others."""
+    def raw(self, name: str, /) -> NDArray[np.uint8]:
+        """The bytes of a tensor: [nbytes], a read-only view that keeps the file's memory alive.
+
+        Raises
+        ------
+        UnknownName
+            No tensor of that name.
+        """
+    def dequantize(self, name: str, /) -> NDArray[np.float32]:
+        """The values of a tensor, by the reference decoder.
+
+        Raises
+        ------
+        UnknownName
+            No tensor of that name.
+        FormatError
+            Code UNSUPPORTED: a format that is listed but cannot be read.
+        """
+
+# ---- models -------------------------------------------------------------------------------------------------------------------------------
+
+@final
+class WeightInfo(structseq[Any], tuple[str, int | None, str, str, tuple[int, ...]]):
+    """A weight of a model."""
+
+    __match_args__: Final = ("name", "layer", "tensor", "format", "shape")
+    @property
+    def name(self) -> str:
+        """Row of WEIGHTS."""
+    @property
+    def layer(self) -> int | None:
+        """None outside the layers."""
+    @property
+    def tensor(self) -> str:
+        """Its name in the file; for a shared head, that of the token table."""
+    @property
+    def format(self) -> str:
+        """Row of FORMATS."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] or [n]."""
+
+@final
+class Model:
+    """A file bound strictly to its architecture: nothing missing, nothing left over.  Immutable; threads may share it.
+
+    Raises
+    ------
+    ConfigError
+        Codes MISSING, LEFTOVER, CONFIG: tensors and hyper-parameters do not fit together.
+    FormatError
+        Codes UNSUPPORTED, KV_TYPE: something that this engine does not compute, named.
+    """
+
+    def __new__(cls, file: File) -> Model: ...
+    @property
+    def file(self) -> File: ...
+    @property
+    def arch(self) -> str:
+        """A row of ARCHS."""
+    @property
+    def flags(self) -> frozenset[str]:
+        """Rows of FLAGS that are on."""
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the token table."""
+    @property
+    def hparams(self) -> dict[str, int | float]:
+        """Fields of HPARAMS."""
+    @property
+    def sources(self) -> dict[str, str]:
+        """Field of HPARAMS to where its value came from."""
+    @property
+    def weights(self) -> tuple[WeightInfo, ...]: ...
+    def weight(self, name: str, layer: int | None = None, /) -> NDArray[np.float32]:
+        """Values in Hugging Face lane order, [out, in] or [n], by the reference decoder.
+
+        Raises
+        ------
+        UnknownName
+            The model has no such weight.
+        """
+    def weight_raw(self, name: str, layer: int | None = None, /) -> NDArray[np.uint8]:
+        """The file's bytes, [rows, bytes of a row], in the file's lane order: a read-only view.
+
+        Raises
+        ------
+        UnknownName
+            The model has no such weight.
+        """
+
+# ---- runs ---------------------------------------------------------------------------------------------------------------------------------
+
+@final
+class Run:
+    """One timeline of a model: cache and position.  A second call while one is running raises CannotRun.
+
+    Parameters
+    ----------
+    model : Model
+    threads : int, optional
+        All cores if not given or 0.  The bits do not depend on it.
+    tier : str, optional
+        Row of TIERS; the best if not given.  The bits do not depend on it.
+    edits : sequence of (stage, layer or None, field, value), optional
+        Changes of the plan; None as the layer of a layer stage means every layer.
+    overrides : dict {(weight, layer or None): array}, optional
+        Values in place of weights, Hugging Face lane order; copied.
+
+    Raises
+    ------
+    UnknownName
+        A stage, field, weight or tier that does not exist here.
+    ArgumentError
+        An edit that would lead an operation out of its arrays, or an override of the wrong size.
+    """
+
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        threads: int | None = None,
+        tier: str | None = None,
+        edits: Sequence[tuple[str, int | None, str, float]] | None = None,
+        overrides: dict[tuple[str, int | None], NDArray[np.float32]] | None = None,
+    ) -> Run: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def position(self) -> int:
+        """Tokens seen so far."""
+    @property
+    def backend(self) -> str: ...
+    @property
+    def tier(self) -> str: ...
+    def forward(
+        self,
+        tokens: Sequence[int],
+        keep: Literal["all"] | Sequence[tuple[str, int | None]] | None = None,
+        feed: Mapping[tuple[str, int | None], ArrayLike] | None = None,
+    ) -> dict[tuple[str, int | None], NDArray[np.float32]]:
+        """Run the next tokens and return the kept stages.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+        keep : "all" or sequence of (stage, layer), optional
+            None as the layer of a layer stage means every layer.
+        feed : dict {(stage, layer): array}, optional
+            Values that replace those of the stages.
+
+        Returns
+        -------
+        dict
+            In execution order; read-only arrays [T, columns], scores and probabilities [H, T, J], over one block of memory that they keep alive.
+
+        Raises
+        ------
+        ArgumentError
+            No tokens, a token outside the vocabulary, or a fed array of the wrong size.
+        UnknownName
+            A stage that this model does not have.
+        FormatError
+            Code LIMIT: too many positions or too many scores in one piece.
+        CannotRun
+            Code BUSY: another thread is running it.
+        KeyboardInterrupt
+            Ctrl-C; the position stays.
+        MemoryError
+        """
+    def replay(
+        self,
+        tokens: Sequence[int],
+        keep: Literal["all"] | Sequence[tuple[str, int | None]] | None = None,
+        feed: Mapping[tuple[str, int | None], ArrayLike] | None = None,
+    ) -> dict[tuple[str, int | None], NDArray[np.float32]]:
+        """Like forward, but the position stays and only what `keep` needs is run.
+
+        With the inputs of a stage fed, exactly that stage runs.  A fed k_cache or v_cache ([J, Kd]) replaces the cache.
+        """
+    def reset(self) -> None:
+        """Forget all tokens."""
+    def plan(self, tokens: int = 1, /) -> tuple[dict[str, Any], ...]:
+        """The steps that a forward of so many tokens would take.
+
+        Each a dict: stage, layer, op, rows, cols, k, weights [(weight, bias, columns)], and every field of ``csrc/plan/params.def``.
+        """
+
+# ---- for tests ----------------------------------------------------------------------------------------------------------------------------
+
+def _fail_allocation(n: int, /) -> None:
+    """The nth allocation of the core from now fails; -1: never."""
+
+def _live_bytes() -> int:
+    """Bytes that the core holds."""
+
+def _allocations() -> int:
+    """Allocations of the core so far."""

@@ -1,7 +1,7 @@
 """Types of the C extension ``aprender._core``; ``python -m mypy.stubtest aprender._core`` holds this file against it.
 
-The tables are the row files ``csrc/**/*.def`` as tuples, in file order; each alias below names the columns of one of them.  Nothing else lists
-stages, operations, weights or formats.
+The tables are the row files ``csrc/**/*.def`` as tuples, in file order; each alias below names the columns of one of them.  Nothing else
+lists stages, operations, weights or formats.
 """
 
 import os
@@ -12,18 +12,18 @@ import numpy as np
 from _typeshed import structseq
 from numpy.typing import ArrayLike, NDArray
 
-# ---- the tables ---------------------------------------------------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------------------
 
 _StageRow: TypeAlias = tuple[str, str, str, str, str, str, str, str | None, str | None, str, str, str, str, str]
-"""name, span (ONCE LAYER TAIL), op, out wire, a wire, b wire ("NONE": none), shape ("T QKV"), weight group, bias group, flag ("ALWAYS"), lanes,
-Hugging Face site, llama.cpp node, population in APRT (ALL LAST NONE)."""
+"""name, span (ONCE LAYER TAIL), op, out wire, a wire, b wire ("NONE": none), shape ("T QKV"), weight group, bias group, flag ("ALWAYS"),
+lanes, Hugging Face site, llama.cpp node, population in APRT (ALL LAST NONE)."""
 
 _NamedRow: TypeAlias = tuple[str, str]
 """name, what it is."""
 
 _WeightRow: TypeAlias = tuple[str, str, str, str, str, str, str | None, str]
-"""name, group (its first row), GGUF name, Hugging Face name (``%d``: the layer), shape ("Qd D"), form (MATRIX VECTOR BIAS), what takes its place
-when the flag is off, flag."""
+"""name, group (its first row), GGUF name, Hugging Face name (``%d``: the layer), shape ("Qd D"), form (MATRIX VECTOR BIAS), what takes its
+place when the flag is off, flag."""
 
 _ArchRow: TypeAlias = tuple[str, str, frozenset[str], frozenset[str]]
 """name, class in config.json, flags always on, flags that the configuration may add."""
@@ -55,7 +55,7 @@ CONTAINERS: Final[tuple[str, ...]]
 TIERS: Final[tuple[_TierRow, ...]]
 ERRORS: Final[tuple[_ErrorRow, ...]]
 
-# ---- files --------------------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 @final
 class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
@@ -108,7 +108,7 @@ class File:
     def metadata(self) -> dict[str, Any]:
         """Every key and value, built anew; config.json is flattened with dots.
 
-        Numbers, strings and booleans as Python has them; arrays of numbers as NumPy arrays, arrays of strings as lists; JSON arrays as lists.
+        Numbers, strings and booleans as Python has them; arrays of numbers as NumPy arrays, arrays of strings and of JSON as lists.
         """
     @property
     def keys(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class File:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In file order."""
-    def get(self, key: str, default: Any = None, /) -> Any:
+    def get(self, key: str, default: object = None, /) -> Any:  # noqa: ANN401 (whatever the file says)
         """The value of one metadata key, without building the others."""
     def raw(self, name: str, /) -> NDArray[np.uint8]:
         """The bytes of a tensor: [nbytes], a read-only view that keeps the file's memory alive.
@@ -137,7 +137,7 @@ class File:
             Code UNSUPPORTED: a format that is listed but cannot be read.
         """
 
-# ---- models -------------------------------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 @final
 class WeightInfo(structseq[Any], tuple[str, int | None, str, str, tuple[int, ...]]):
@@ -209,7 +209,7 @@ class Model:
             The model has no such weight.
         """
 
-# ---- runs ---------------------------------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 @final
 class Run:
@@ -272,7 +272,7 @@ class Run:
         Returns
         -------
         dict
-            In execution order; read-only arrays [T, columns], scores and probabilities [H, T, J], over one block of memory that they keep alive.
+            In execution order; read-only arrays [T, columns], scores and probabilities [H, T, J], over one block that they keep alive.
 
         Raises
         ------
@@ -306,7 +306,7 @@ class Run:
         Each a dict: stage, layer, op, rows, cols, k, weights [(weight, bias, columns)], and every field of ``csrc/plan/params.def``.
         """
 
-# ---- for tests ----------------------------------------------------------------------------------------------------------------------------
+# ---- for tests -------------------------------------------------------------------------------------------------------
 
 def _fail_allocation(n: int, /) -> None:
     """The nth allocation of the core from now fails; -1: never."""

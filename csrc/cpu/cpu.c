@@ -47,16 +47,19 @@ static int cpu_grow_cache(ap_dev *d, int keys, ap_err *e) {
     if (keys <= d->capacity) return AP_OK;
     int capacity = d->capacity ? d->capacity : 64;
     while (capacity < keys) capacity *= 2;
-    size_t row = cpu_kd(d) * sizeof(float);
-    for (int c = 0; c < 2; c++) {
-        float *grown = ap_alloc((uint64_t)d->m->h.layers * (uint64_t)capacity, row);
-        if (!grown) return ap_fail(e, AP_MEMORY, "no memory for a cache of %d keys", capacity);
-        for (int layer = 0; layer < d->m->h.layers && d->cache[c]; layer++)
-            memcpy((char *)grown + (size_t)layer * (size_t)capacity * row, (char *)d->cache[c] + (size_t)layer * (size_t)d->capacity * row, (size_t)d->capacity * row);
-        ap_free(d->cache[c]);
-        d->cache[c] = grown;
-        if (c == 1) d->capacity = capacity;
+    size_t row = cpu_kd(d) * sizeof(float), was = (size_t)d->capacity * row, now = (size_t)capacity * row;
+    char *grown[2];
+    for (int c = 0; c < 2; c++) grown[c] = ap_alloc((uint64_t)d->m->h.layers * (uint64_t)capacity, row);
+    if (!grown[0] || !grown[1]) {               /* both or neither: the two share one capacity */
+        ap_free(grown[0]); ap_free(grown[1]);
+        return ap_fail(e, AP_MEMORY, "no memory for a cache of %d keys", capacity);
     }
+    for (int c = 0; c < 2; c++) {
+        for (int layer = 0; layer < d->m->h.layers && was; layer++) memcpy(grown[c] + (size_t)layer * now, (char *)d->cache[c] + (size_t)layer * was, was);
+        ap_free(d->cache[c]);
+        d->cache[c] = (float *)(void *)grown[c];
+    }
+    d->capacity = capacity;
     return AP_OK;
 }
 
@@ -102,7 +105,7 @@ static void cpu_piece(void *ctx, int i, int worker) {
         j->d->polled = cpu_now();
         if (j->d->o.poll(j->d->o.poll_ctx)) { atomic_store(&j->stop, 1); return; }
     }
-    int first = i * j->piece, last = first + j->piece < j->n ? first + j->piece : j->n;
+    int first = i * j->piece, last = j->n - first > j->piece ? first + j->piece : j->n;
     j->task(j->ctx, first, last, j->d->worker + (size_t)worker * j->d->worker_n);
 }
 
@@ -110,7 +113,7 @@ int cpu_split(ap_dev *d, int n, double cost, cpu_task task, void *ctx, ap_err *e
     int piece = (int)(65536.0 / (cost > 1 ? cost : 1)) + 1;                       /* a piece is worth tens of microseconds, far more than handing it out */
     piece = (piece + CPU_GROUP - 1) / CPU_GROUP * CPU_GROUP;
     cpu_job j = { .d = d, .task = task, .ctx = ctx, .n = n, .piece = piece };
-    ap_pool_run(d->o.threads, (n + piece - 1) / piece, cpu_piece, &j);
+    ap_pool_run(d->o.threads, n / piece + (n % piece != 0), cpu_piece, &j);
     if (!atomic_load(&j.stop)) return AP_OK;
     return ap_fail(e, AP_INTERRUPTED, "interrupted");
 }

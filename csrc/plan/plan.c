@@ -106,6 +106,12 @@ int ap_plan_build(ap_plan *p, const ap_model *m, int T, int pos, ap_err *e) {
     plan_span(&w, AP_SPAN_ONCE, -1);
     for (int layer = 0; layer < m->h.layers; layer++) plan_span(&w, AP_SPAN_LAYER, layer);
     plan_span(&w, AP_SPAN_TAIL, -1);
+    for (int i = 0; i < p->n; i++)                            /* elements are counted in int32 */
+        if ((int64_t)p->s[i].rows * p->s[i].cols > INT32_MAX) {
+            int stage = p->s[i].stage;
+            ap_plan_free(p);
+            return ap_fail_at(e, AP_LIMIT, -1, "tokens", "%d tokens make more than 2^31 values of %s in one piece: give fewer tokens at once", T, ap_stages[stage].name);
+        }
     return AP_OK;
 }
 

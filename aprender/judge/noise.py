@@ -234,12 +234,9 @@ def _rope_table(at: Setting, _: Sequence[Operand]) -> Prediction:
 
 
 def _frequencies(at: Setting) -> Float:
-    """The float32 frequencies [h/2]: rounded once; or, where the recipe is declared, the exponent, the power and its reciprocal each."""
-    theta, head = float(at.hparams["theta"]), int(at.hparams["head"])
-    if not at.profile.wide:
-        return to_format(witness.frequencies(theta, head), F32)
-    exponent = to_format(np.arange(0, head, 2) / head, F32)
-    return to_format(1.0 / to_format(theta**exponent, F32), F32)
+    """The float32 frequencies [h/2]: the exponent 2i/h, the power and its reciprocal are each rounded to float32."""
+    exponent = to_format(np.arange(0, int(at.hparams["head"]), 2) / float(at.hparams["head"]), F32)
+    return to_format(1.0 / to_format(float(at.hparams["theta"]) ** exponent, F32), F32)
 
 
 def _rotations(at: Setting, frequency: Float) -> Float:

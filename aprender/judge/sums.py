@@ -25,8 +25,8 @@ from aprender.judge.rounding import MEAN_ROUNDING, Float, fma32, variance
 
 Index = NDArray[np.int64]
 
-SEGMENT = 128
-"""Longest stretch of a sequential sum over which the walk is interpolated."""
+SEGMENT = 32
+"""Longest stretch of a sequential sum over which the walk is interpolated; a few large products early in it are what misleads."""
 
 CHUNK = 1 << 21
 """Products held at once by the exact forms: 16 MiB of float64 per temporary."""
@@ -72,15 +72,14 @@ def estimate(dot: Dot) -> Float:
             out += variance(level, F32).sum(axis=0)
         return out
     k = dot.x.shape[2]
-    block = dot.order.block(k, dot.x.shape[1])
+    block = dot.order.block(k, dot.x.shape[1]) or k
     total: Float | float = 0.0
-    for start in range(0, k, block or SEGMENT):
-        span = slice(start, min(start + (block or SEGMENT), k))
-        if block is None:  # one long chain: the segment goes on from where the last one ended
-            total = _segment(dot, span, total, out)
-            continue
-        total = total + _segment(dot, span, 0.0, out)
-        if start:
+    for first in range(0, k, block):
+        chain: Float | float = 0.0
+        for start in range(first, min(first + block, k), SEGMENT):
+            chain = _segment(dot, slice(start, min(start + SEGMENT, first + block, k)), chain, out)
+        total = total + chain
+        if first:
             out += variance(np.asarray(total), F32)
     return out
 

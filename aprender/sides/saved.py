@@ -1,0 +1,73 @@
+"""A folder of captures as a side: it can be compared and judged, but it cannot run.
+
+Owns the choice of arithmetic for a recording (its manifest names it) and the refusals of a side that is a record: other ids, generation.  Called by
+``sides.open_side`` and ``bisection``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from aprender import arithmetic
+from aprender.captures import Captures, open_captures
+from aprender.errors import ArgumentError, CannotRun, NotComparable
+from aprender.sides.base import ModelData
+from aprender.stages import Selection
+from aprender.text import Tokenizer
+
+
+class SavedSide:
+    """Recorded stages.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Written by ``trace``, ``oracle`` or :func:`aprender.captures.save`.
+    spelling : str, optional
+        How the user wrote it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], spelling: str | None = None) -> None:
+        self.path = Path(folder)
+        self.captures = open_captures(self.path)
+        self.spelling = spelling or f"saved:{self.path.name}"
+        name = self.captures.manifest.profile
+        if name is None:
+            raise ArgumentError(f"{self.path}: the manifest names no arithmetic", code="MISSING", path=str(self.path), field="profile")
+        self.profile = arithmetic.profile(name).with_order(self.captures.manifest.arithmetic)
+
+    def capture(self, ids: Sequence[int], keep: Selection | None = None) -> Captures:
+        """The recorded captures, if they are of just these ids.
+
+        Raises
+        ------
+        NotComparable
+            Other ids were recorded; the first place that differs is named.
+        """
+        have = self.captures.tokens
+        if tuple(ids) != have:
+            at = next((i for i, (a, b) in enumerate(zip(ids, have, strict=False)) if a != b), min(len(ids), len(have)))
+            asked, held = (str(s[at]) if at < len(s) else "the end" for s in (ids, have))
+            raise NotComparable(
+                f"{self.spelling} recorded other token ids: at place {at} {held}, asked for {asked} ({len(have)} and {len(ids)} tokens)", code="TOKENS"
+            )
+        if keep is None:
+            return self.captures
+        return Captures({key: self.captures[key] for key in self.captures if keep(key)}, self.captures.manifest)
+
+    def model_data(self) -> ModelData | None:
+        """None: a recording holds no weights."""
+        return None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """None: a recording holds ids."""
+        return None
+
+    def generate(self, ids: Sequence[int], n: int) -> list[int]:
+        """Always raises :class:`CannotRun`."""
+        raise CannotRun(f"{self.spelling} is a recording and cannot generate", code="SAVED")
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -83,7 +83,11 @@ const char *const ap_wire_names[AP_WIRE_N] = {
 #undef X
 };
 const char *const ap_span_names[3] = { "ONCE", "LAYER", "TAIL" };
-const char *const ap_form_names[3] = { "MATRIX", "VECTOR", "BIAS" };
+const char *const ap_form_names[AP_FORM_N] = {
+#define X(name) #name,
+    AP_FORMS(X)
+#undef X
+};
 
 int ap_stage_find(const char *name) {
     for (int i = 0; i < AP_S_N; i++) if (!strcmp(ap_stages[i].name, name)) return i;

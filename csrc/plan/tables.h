@@ -54,7 +54,13 @@ typedef enum {
 } ap_wire;
 
 typedef enum { AP_SPAN_ONCE, AP_SPAN_LAYER, AP_SPAN_TAIL } ap_span;
-typedef enum { AP_FORM_MATRIX, AP_FORM_VECTOR, AP_FORM_BIAS } ap_form;
+#define AP_FORMS(X) X(MATRIX) X(VECTOR) X(BIAS)
+typedef enum {
+#define X(name) AP_FORM_##name,
+    AP_FORMS(X)
+#undef X
+    AP_FORM_N
+} ap_form;
 
 typedef struct {
     const char *name, *shape, *lanes, *hf, *node, *population;
@@ -81,7 +87,7 @@ extern const ap_hparam_row  ap_hparam_rows[];
 extern const ap_check_row   ap_checks[];
 extern const ap_ignored_row ap_ignored[];
 extern const int ap_quirks_n, ap_hparam_rows_n, ap_checks_n, ap_ignored_n;
-extern const char *const ap_wire_names[AP_WIRE_N], *const ap_span_names[3], *const ap_form_names[3];
+extern const char *const ap_wire_names[AP_WIRE_N], *const ap_span_names[3], *const ap_form_names[AP_FORM_N];
 
 static inline int ap_on(uint32_t flags, uint32_t flag) { return (flags & flag) == flag; }
 int ap_stage_find(const char *name);                    /* -1 when there is no such stage */

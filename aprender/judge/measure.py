@@ -112,7 +112,7 @@ def measure(captured: Float, made: Prediction, gates: Gates, band: float) -> Mea
         deviation = np.inf
     worst = None
     if noisy.any():
-        said, worst, far = _gated(scores, noisy, same, gates, band)
+        said, worst, far = _gated(scores, noisy, gates, band)
         reasons += said
         deviation = max(deviation, far)
     i = np.where(exact, np.where(changed, IMPOSSIBLE, 0.0), np.minimum(np.abs(scores.i), IMPOSSIBLE))
@@ -168,7 +168,7 @@ class _Scores:
             self.z, self.factor = _whiten(self.z, np.where(usable, made.plain, 0.0), made)
 
     def again(self, flat: Index) -> tuple[Float, Float]:
-        """I and z of some elements with the variance from their own partial sums, or 0 where the declared order gives these bits."""
+        """I and z of some elements with the variance from their own partial sums."""
         made, captured = self.made, self.captured.ravel()[flat]
         if made.dot is None or made.added is None:
             return self.i.ravel()[flat], self.z.ravel()[flat]
@@ -205,12 +205,10 @@ def _whiten(z: Float, plain: Float, made: Prediction) -> tuple[Float, Float]:
     return np.where(np.isfinite(z), white, z), factor[:, 0]
 
 
-def _gated(scores: _Scores, noisy: Mask, same: Mask, gates: Gates, band: float) -> tuple[list[str], Group | None, float]:
+def _gated(scores: _Scores, noisy: Mask, gates: Gates, band: float) -> tuple[list[str], Group | None, float]:
     """The noise tests: reasons, the worst group, and the strongest deviation as that of an element."""
     reasons: list[str] = []
-    made = scores.made
-    settled = same if made.expected is not None else np.zeros_like(same)  # the declared order gives these very bits
-    i = np.where(noisy & ~settled, np.abs(scores.i), 0.0)
+    i = np.where(noisy, np.abs(scores.i), 0.0)
     far = float(i.max())
     if far > SUSPICION * gates.element:
         flat = np.flatnonzero(i > SUSPICION * gates.element)
@@ -224,7 +222,7 @@ def _gated(scores: _Scores, noisy: Mask, same: Mask, gates: Gates, band: float) 
             reasons.append(
                 f"{more}{count} elements outside their rounding interval, by up to {_say(far)} sigma at {at} (gate {gates.element:.1f})"
             )
-    worst, said = _groups(scores, noisy & ~settled, gates, band)
+    worst, said = _groups(scores, noisy, gates, band)
     reasons += said
     if scores.factor is not None:
         top = float(np.abs(scores.factor).max())

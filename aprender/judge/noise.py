@@ -249,7 +249,7 @@ def _table_variance(at: Setting, y: Float) -> Float:
     """Of a float32 cosine or sine that is good to 1 ulp (uniform: 0.58 ulp), or that was float64 before; those of 0 are exact."""
     left = np.full_like(y, WIDE**2) if at.profile.wide else np.square(0.58 * ulp(y, F32))
     at_zero = np.tile(np.hsplit(y, 2)[1] == 0, 2)
-    return np.where(at_zero, 0.0, left)
+    return np.asarray(np.where(at_zero, 0.0, left))
 
 
 def _misfit(at: Setting, y: Float) -> Float:
@@ -339,7 +339,7 @@ def _matmul(at: Setting, inputs: Sequence[Operand]) -> Prediction:
         left += variance(y, F32)
         bits = None if bits is None else to_format(bits + at.bias, F32)
     total = left if fmt == F32 else left + variance(y, fmt)
-    return Prediction(y, left, y, total, fmt, expected=bits, dot=dot, added=added)
+    return Prediction(y, left, y, total, fmt, certain=bits is not None, expected=bits, dot=dot, added=added)
 
 
 def _replayed(dot: Dot, *operands: Operand) -> bool:
@@ -373,6 +373,7 @@ def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
         np.where(compared, qk * scale, 0.0),
         scale**2 * total + last,
         fmt,
+        certain=bits is not None,
         compared=compared,
         expected=bits,
         dot=dot,
@@ -399,7 +400,7 @@ def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
         left += side_by_side(Dot(_spread(p), values**2, dot.order).value() + Dot(p.value**2, spread, dot.order).value())
     total = left if fmt == F32 else left + variance(y, fmt)
     bits = side_by_side(sums.emulate(dot).reshape(heads, p.value.shape[1], head)) if _replayed(dot, p, v) else None
-    return Prediction(y, left, y, total, fmt, expected=bits, dot=dot, added=added, heads=heads)
+    return Prediction(y, left, y, total, fmt, certain=bits is not None, expected=bits, dot=dot, added=added, heads=heads)
 
 
 # ---- exponentials ----------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ SEGMENT = 32
 """Longest stretch of a sequential sum over which the walk is interpolated; a few large products early in it are what misleads."""
 
 CHUNK = 1 << 21
-"""Products held at once by the exact forms: 16 MiB of float64 per temporary."""
+"""Products held at once by :func:`exact`: 16 MiB of float64 per temporary."""
+
+NEAR = 1 << 17
+"""Products held at once by :func:`emulate`, whose lanes are gone over again and again: they should stay in the second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def exact(dot: Dot, flat: Index) -> Float:
 def _grid(products: Float, length: int) -> Float:
     """Products [P, K] filled up with zeros and cut into [P, K / length, length]."""
     short = -products.shape[1] % length
-    return np.pad(products, ((0, 0), (0, short))).reshape(products.shape[0], -1, length)
+    filled = np.pad(products, ((0, 0), (0, short))) if short else products
+    return filled.reshape(filled.shape[0], -1, length)
 
 
 def _roundings(sums: Float, products: Float) -> Float:
@@ -167,7 +171,7 @@ def emulate(dot: Dot, flat: Index | None = None) -> Float:
     """
     count = dot.x.shape[0] * dot.x.shape[1] * dot.w.shape[1]
     index = np.arange(count) if flat is None else flat
-    step = max(1, CHUNK // max(dot.x.shape[2], 1))
+    step = max(1, NEAR // max(dot.x.shape[2], 1))
     parts = [lane_dot(*dot.rows(index[i : i + step]), dot.order.lanes) for i in range(0, len(index), step)]
     return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -187,12 +191,3 @@ def tree32(lanes: Float) -> Float:
         half = lanes.shape[1] // 2
         lanes = (lanes[:, :half] + lanes[:, half:]).astype(np.float32).astype(np.float64)
     return lanes[:, 0]
-
-
-def lane_sum(x: Float, lanes: int) -> Float:
-    """Sums of rows [P, K] in lanes and a rounded tree, bit for bit: [P]."""
-    cut = _grid(x, lanes)
-    acc = np.zeros((x.shape[0], lanes))
-    for i in range(cut.shape[1]):
-        acc = (acc + cut[:, i]).astype(np.float32).astype(np.float64)
-    return tree32(acc)

@@ -106,17 +106,9 @@ def _command_line(args: argparse.Namespace, argv: Sequence[str], prompt: str | N
 
 
 def _list_faults() -> int:
-    from rich.table import Table
-
     from aprender.judge import faults
-    from aprender.report.terminal import console
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("fault", "where", "what it does"):
-        table.add_column(name, overflow="fold")
-    for row in faults.FAULTS.values():
-        table.add_row(row.name, ", ".join(row.stages), row.text)
-    console().print(table)
+    print(faults.listing())
     return 0
 
 
@@ -165,12 +157,11 @@ def _run(words: list[str]) -> int:
     if args.steps < 0 or (args.answer is not None and args.answer < 0):
         raise Usage("--steps and --answer need a number that is not negative")
 
-    import aprender
     from aprender import bisection
 
     asks = _questions(args)
     answer = args.answer if args.answer is not None else 0 if args.jsonl or args.quiet else bisection.ANSWER
-    opened = bisection.open_hunt(args.subject or aprender.canary(), args.against, args.plant, profiles)
+    opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles)
     reports = []
     for ask in asks:
         report = bisection.hunt(opened, ask, answer, args.steps)

@@ -322,13 +322,13 @@ class Hunt:
         return found
 
 
-def open_hunt(subject: str, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None) -> Hunt:
+def open_hunt(subject: str | None = None, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None) -> Hunt:
     """Open the sides.
 
     Parameters
     ----------
-    subject, against : str
-        Spellings of sides; ``witness`` alone runs on the subject's weights.
+    subject, against : str, optional
+        Spellings of sides; ``witness`` alone runs on the subject's weights.  The embedded model is judged if none is given.
     plant : str, optional
         ``NAME[@SELECTOR]``: a catalogue fault to plant in our own engine.
     profiles : mapping, optional
@@ -336,19 +336,21 @@ def open_hunt(subject: str, against: str | None = None, plant: str | None = None
     """
     right: Any = None
     if plant is not None:
-        right = sides.open_side(subject)
+        right = _open(subject, None)
         if not isinstance(right, OwnSide):
             raise CannotRun(f"a fault can be planted in our own engine only, not in {subject}", code="PLANT")
         data = right.model_data()
-        edits = faults.plant(plant, data["flags"], int(data["hparams"]["layers"]))
-        own: Any = OwnSide(right.path, backend=right.backend, edits=edits, spelling=right.spelling)
+        planted = faults.plant(plant, data["flags"], data["hparams"])
+        own: Any = OwnSide(right.path, backend=right.backend, edits=planted.edits, spelling=right.spelling)
     else:
         own = _open(subject, None)
     return Hunt(own, None if against is None else _open(against, own), right, plant, profiles or {})
 
 
-def _open(spelling: str, subject: Any) -> Any:
-    """A side by its spelling, the witness included."""
+def _open(spelling: str | None, subject: Any) -> Any:
+    """A side by its spelling, the witness included; the embedded model if there is none."""
+    if spelling is None:
+        return OwnSide(aprender.canary(), spelling="canary.gguf")
     if spelling != "witness" and not spelling.startswith("witness:"):
         return sides.open_side(spelling)
     name = spelling.partition(":")[2]
@@ -554,7 +556,7 @@ def compare(
     >>> report.verdict, report.first.stage
     ('divergence', 'lm_head')
     """
-    opened = open_hunt(aprender.canary() if subject is None else subject, against, plant)
+    opened = open_hunt(subject, against, plant)
     ask = Ask(prompt, None if prompt_ids is None else tuple(prompt_ids), same_ids)
     try:
         return hunt(opened, ask, answer, steps)

@@ -345,7 +345,7 @@ def decide(
         finding=finding,
         first=faults[0] if faults else None,
         wrong=tuple(faults),
-        sentence=_sentence(verdict, faults, subject, reference, free),
+        sentence=_sentence(verdict, faults, subject, reference, free, quantization or {}),
         compared=len(free),
         unmeasured=tuple(r for r in subject.results if r.state == UNMEASURED),
         tokens=tuple(tokens),
@@ -378,7 +378,14 @@ def _faults(side: str, results: Iterable[StageResult]) -> list[Fault]:
     return wrong + narrow
 
 
-def _sentence(verdict: str, faults: Sequence[Fault], subject: Party, reference: Party, free: Mapping[Key, Distance]) -> str:
+def _sentence(
+    verdict: str,
+    faults: Sequence[Fault],
+    subject: Party,
+    reference: Party,
+    free: Mapping[Key, Distance],
+    quantization: Mapping[Key, float],
+) -> str:
     """Where, what kind, how sure."""
     if faults:
         first = faults[0]
@@ -392,11 +399,14 @@ def _sentence(verdict: str, faults: Sequence[Fault], subject: Party, reference: 
     if verdict == NOT_COMPARABLE:
         return f"Nothing was judged: no stage of {subject.spelling} could be measured."
     exact = sum(r.state == EXACT for r in judged)
-    last = next((free[key].rel_l2 for key in sorted(free, key=stages.order, reverse=True)), None)
-    apart = "" if last is None else f" The two sides end {last:.1e} apart (relative L2); no measured operation is to blame."
-    return (
-        f"Agree: {len(judged)} stages of {subject.spelling} are right, {exact} of them bit for bit, the rest within rounding noise.{apart}"
-    )
+    how = "each bit for bit what its arithmetic makes" if exact == len(judged) else f"{exact} bit for bit, the rest within rounding noise"
+    last = next((key for key in sorted(free, key=stages.order, reverse=True) if free[key].rel_l2 is not None), None)
+    apart = ""
+    if last is not None:
+        cost = quantization.get(last)
+        weights = f"; the weights alone account for {cost:.1e}" if cost else ""
+        apart = f" Running alone, the sides end {free[last].rel_l2:.1e} apart (relative L2 at {_place(last)}){weights}."
+    return f"Agree: all {len(judged)} judged stages of {subject.spelling} are right, {how}.{apart}"
 
 
 def _place(key: Key) -> str:

@@ -61,8 +61,8 @@ def layer_name(layer: int | None) -> str:
     return "–" if layer is None else str(layer)
 
 
-def folded(rows: Sequence[Row], verbose: bool) -> list[Row | str]:
-    """Rows to print: all if asked; else clean layers between the first and the last are one line each.
+def folded(rows: Sequence[Row], verbose: bool) -> list[Row]:
+    """Rows to print: all if asked; else clean layers between the first and the last are one row each.
 
     Parameters
     ----------
@@ -73,31 +73,34 @@ def folded(rows: Sequence[Row], verbose: bool) -> list[Row | str]:
     Returns
     -------
     list
-        Rows, and strings that stand for a folded layer.
+        Rows of the report, and rows that stand for a folded layer.
     """
     layers = [row["layer"] for row in rows if row["layer"] is not None]
     if verbose or not layers:
         return list(rows)
     open_layers = {min(layers), max(layers)} | {row["layer"] for row in rows if row["state"] in ("wrong", "heals", "not_comparable")}
-    out: list[Row | str] = []
+    out: list[Row] = []
     for layer, group in groupby(rows, key=lambda row: row["layer"]):
         members = list(group)
         if layer is None or layer in open_layers:
             out += members
         else:
-            out.append(_fold_text(members))
+            out.append(_fold(members))
     return out
 
 
-def _fold_text(members: Sequence[Row]) -> str:
-    """One line for a layer that is not shown."""
+def _fold(members: Sequence[Row]) -> Row:
+    """One row for a layer that is not shown: how many stages are in which state, and the largest of each figure."""
     counts: dict[str, int] = {}
     for row in members:
         counts[row["state"]] = counts.get(row["state"], 0) + 1
-    judged = [row for row in members if row["z_rms"] is not None]
-    worst = max(judged, key=lambda row: row["z_rms"], default=None)
-    tail = f"; largest rms z {plain(worst['z_rms'])} at {worst['stage']}" if worst else ""
-    return f"{', '.join(f'{n} {state}' for state, n in counts.items())}{tail}"
+
+    def largest(name: str) -> float | None:
+        return max((row[name] for row in members if row[name] is not None), default=None)
+
+    figures = {name: largest(name) for name in ("cos_distance", "rel_l2", "quantization", "i_max", "z_rms", "z_max")}
+    text = ", ".join(f"{n} {state}" for state, n in counts.items())
+    return {"layer": members[0]["layer"], "stage": f"⋮ {text}", "norm_ratio": None, "state": "largest", **figures}
 
 
 def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
@@ -110,17 +113,14 @@ def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
     verbose : bool
         Show every layer.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, justify in (("layer", "right"), ("stage", "left"), ("1−cos", "right"), ("rel L2", "right"), ("norm ratio", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name in ("quantization", "I", "rms z", "max z"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for item in folded(rows, verbose):
-        if isinstance(item, str):
-            table.add_row("⋮", Text(item, style="dim"))
-            continue
-        style = STYLES.get(item["state"], "")
+        style = STYLES.get(item["state"], "dim")
         ratio = item["norm_ratio"]
         table.add_row(
             layer_name(item["layer"]),
@@ -133,6 +133,7 @@ def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
             plain(item["z_rms"]),
             plain(item["z_max"], 1),
             Text(item["state"], style=style),
+            style="dim" if item["state"] == "largest" else None,
         )
     return table
 

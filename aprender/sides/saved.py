@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aprender import arithmetic
 from aprender.captures import Captures, open_captures
 from aprender.errors import ArgumentError, CannotRun, NotComparable
-from aprender.sides.base import ModelData
 from aprender.stages import Selection
 from aprender.text import Tokenizer
 
@@ -57,7 +57,7 @@ class SavedSide:
             return self.captures
         return Captures({key: self.captures[key] for key in self.captures if keep(key)}, self.captures.manifest)
 
-    def model_data(self) -> ModelData | None:
+    def model_data(self) -> dict[str, Any] | None:
         """None: a recording holds no weights."""
         return None
 

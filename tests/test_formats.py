@@ -1,0 +1,164 @@
+"""Floor 1: every readable format means what the gguf package and ggml say it means, bit for bit.
+
+The bytes are random, so every quant, sub-scale and high bit takes every value and no two sub-blocks agree; the half scales also take each
+special value.  Two foreign readers are asked: ``gguf.quants`` (NumPy) and ggml's ``to_float`` in the prebuilt llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import gguf
+import llamacpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from aprender import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+READABLE = [row for row in _core.FORMATS if row[5]]
+BLOCKS = 256
+
+#: Byte offsets of the half scales in a block, from the struct definitions in ggml-common.h.
+SCALES = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
+
+#: Zero, -0, the smallest and largest subnormal, the smallest and largest normal, one, minus a third, +-Inf, a quiet and a signalling NaN.
+SPECIAL = np.array([0, 0x8000, 1, 0x03FF, 0x0400, 0x7BFF, 0x3C00, 0xB555, 0x7C00, 0xFC00, 0x7E00, 0xFE01], np.uint16)
+
+
+def blocks(row: tuple[str, int, str, int, int, bool], seed: int = 0) -> NDArray[np.uint8]:
+    """[BLOCKS, bytes of a block]: random, the first ones with special scales in every combination that fits."""
+    name, _, _, _, size, _ = row
+    generator = np.random.default_rng([seed, *name.encode()])
+    made = generator.integers(0, 256, (BLOCKS, size), np.uint8)
+    for i, offset in enumerate(SCALES.get(name, ())):
+        ordinary = generator.normal(0, 0.1, BLOCKS).astype(np.float16).view(np.uint16)
+        values = np.resize(np.repeat(SPECIAL, len(SPECIAL) ** i), BLOCKS)  # the second scale changes once per round of the first
+        scale = np.where(np.arange(BLOCKS) < len(SPECIAL) ** len(SCALES[name]), values, ordinary).astype("<u2")
+        made[:, offset : offset + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return made
+
+
+def one_tensor(path: Path, kind: int, values: int, data: bytes) -> _core.File:
+    """A GGUF of a single one-dimensional tensor, written by hand."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, values, kind, 0)
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+    return _core.File(path)
+
+
+def ours(row: tuple[str, int, str, int, int, bool], data: NDArray[np.uint8], folder: Path) -> NDArray[np.float32]:
+    _, kind, _, block, size, _ = row
+    return one_tensor(folder / "t.gguf", kind, data.size // size * block, data.tobytes()).dequantize("t")
+
+
+def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
+    """Equal bit for bit, but that any NaN equals any NaN: which payload a product of NaNs has is the processor's choice."""
+    assert a.shape == b.shape
+    nan = np.isnan(a)
+    np.testing.assert_array_equal(nan, np.isnan(b))
+    np.testing.assert_array_equal(a.view(np.uint32)[~nan], b.view(np.uint32)[~nan])
+
+
+def ids(row: tuple[str, int, str, int, int, bool]) -> str:
+    return row[0]
+
+
+@pytest.mark.parametrize("row", READABLE, ids=ids)
+def test_against_the_gguf_package(row: tuple[str, int, str, int, int, bool], tmp_path: Path) -> None:
+    data = blocks(row)
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[row[0]]).reshape(-1)
+    mine = ours(row, data, tmp_path)
+    same_bits(mine, np.ascontiguousarray(theirs, np.float32))
+    assert np.unique(mine[~np.isnan(mine)]).size > BLOCKS * 3 // 4  # the bytes did say something
+    assert row[0] not in SCALES or (np.isnan(mine).any() and np.isinf(mine).any())
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("row", READABLE, ids=ids)
+def test_against_ggml(row: tuple[str, int, str, int, int, bool], tmp_path: Path, peer: llamacpp.Peer) -> None:
+    data = blocks(row, seed=1)
+    theirs = peer.dequantize(row[0], data.tobytes(), data.size // row[4] * row[3])
+    same_bits(ours(row, data, tmp_path), theirs)
+
+
+def test_a_wrong_bit_would_be_seen() -> None:
+    a = np.array([1.0, np.nan, 0.0], np.float32)
+    same_bits(a, a.copy())
+    same_bits(a, np.array([1.0, -np.nan, 0.0], np.float32))
+    for other in ([1.0, np.nan, -0.0], [1.0, 2.0, 0.0], [np.nextafter(np.float32(1), np.float32(2)), np.nan, 0.0]):
+        with pytest.raises(AssertionError):
+            same_bits(a, np.array(other, np.float32))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_half(name: str, tmp_path: Path) -> None:
+    """All 65536 patterns; a NaN stays one and keeps its payload, quieted in F16 as F16C does."""
+    row = next(row for row in READABLE if row[0] == name)
+    every = np.arange(1 << 16, dtype=np.uint16)
+    mine = ours(row, every.view(np.uint8).reshape(-1, 2), tmp_path)
+    if name == "BF16":
+        expected = every.astype(np.uint32) << 16
+    else:
+        expected = every.view(np.float16).astype(np.float32).view(np.uint32)
+        nan = np.isnan(every.view(np.float16))
+        expected[nan] = ((every[nan] & 0x8000).astype(np.uint32) << 16) | 0x7FC00000 | ((every[nan] & 0x3FF).astype(np.uint32) << 13)
+    np.testing.assert_array_equal(mine.view(np.uint32), expected)
+
+
+def test_f32_keeps_every_pattern(tmp_path: Path) -> None:
+    """Signalling NaNs too: the bytes are copied, not converted."""
+    row = next(row for row in READABLE if row[0] == "F32")
+    bits = np.concatenate([np.random.default_rng(0).integers(0, 1 << 32, 4096, np.uint32), np.array([0x7F800001, 0xFF812345], np.uint32)])
+    mine = ours(row, bits.view(np.uint8).reshape(-1, 4), tmp_path)
+    np.testing.assert_array_equal(mine.view(np.uint32), bits)
+
+
+@pytest.mark.parametrize("row", [row for row in READABLE if row[0] in SCALES], ids=ids)
+def test_every_bit_matters(row: tuple[str, int, str, int, int, bool], tmp_path: Path) -> None:
+    """Flipping any single bit of a block changes some value: no field is read from the wrong place or not at all."""
+    name, _, _, block, size, _ = row
+    base = np.random.default_rng(2).integers(1, 256, size, np.uint8)
+    for offset in SCALES[name]:
+        base[offset : offset + 2] = np.array([0.37], np.float16).view(np.uint8)
+    if name == "Q4_K":
+        base[4:16] = 0x55  # all sub-scales 21, all minima 21: none is zero, so none can hide a change
+        base[4:12] = 0x15
+    flipped = base[None] ^ np.packbits(np.eye(size * 8, dtype=np.uint8), axis=1, bitorder="little")
+    values = ours(row, np.concatenate([base[None], flipped]), tmp_path).reshape(-1, block)
+    changed = (values[1:].view(np.uint32) != values[:1].view(np.uint32)).any(1)
+    assert changed.all(), f"bits without effect: {np.flatnonzero(~changed)}"
+
+
+def test_every_known_format_is_sized_as_ggml_sizes_it() -> None:
+    """The formats that are only listed too: a wrong size would put every later tensor in the wrong place."""
+    for name, kind, _, block, size, _ in _core.FORMATS:
+        if kind >= 0 and name in gguf.GGMLQuantizationType.__members__:
+            known = gguf.GGMLQuantizationType[name]
+            sizes = gguf.GGML_QUANT_SIZES[known] if name != "Q8_1" else (32, 2 + 2 + 32)  # gguf says 40; ggml-common.h has two halves
+            assert (known.value, *sizes) == (kind, block, size), name
+    listed = {name for name, kind, *_ in _core.FORMATS if kind >= 0}
+    assert set(gguf.GGMLQuantizationType.__members__) <= listed
+
+
+def test_decoders_are_one_file_each() -> None:
+    """A block format has its own struct file, and its size is asserted there."""
+    for name, _, _, block, size, _ in READABLE:
+        if block > 1:
+            text = (ROOT / "csrc" / "quant" / f"{name.lower()}.h").read_text()
+            assert re.search(rf"AP_ASSERT\(sizeof\(ap_{name.lower()}\) == {size}\b", text), name
+
+
+def test_unreadable_is_refused_by_name(tmp_path: Path) -> None:
+    from aprender.errors import FormatError
+
+    for name, kind, _, block, size, readable in _core.FORMATS:
+        if not readable and kind >= 0:
+            file = one_tensor(tmp_path / f"{name}.gguf", kind, block, bytes(size))
+            assert file.tensors[0].format == name
+            with pytest.raises(FormatError, match=name) as caught:
+                file.dequantize("t")
+            assert caught.value.code == "UNSUPPORTED"

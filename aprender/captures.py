@@ -661,7 +661,7 @@ class _Folder(Mapping[Key, Array]):
         if tuple(info.shape) != note.shape:
             shapes = f"{list(info.shape)}, the manifest says {list(note.shape)}"
             raise FormatError(f"{path}: '{name}' has shape {shapes}", code="SHAPE", path=path, field=name)
-        if note.sha256 is not None and hashlib.sha256(file.raw(name)).hexdigest() != note.sha256:
+        if note.sha256 is not None and hashlib.sha256(file.raw(name).data).hexdigest() != note.sha256:
             raise FormatError(f"{path}: the bytes of '{name}' are not those that were saved", code="CHANGED", path=path, field=name)
         return _frozen(file.dequantize(name))
 

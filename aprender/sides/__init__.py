@@ -1,7 +1,7 @@
 """The sides: whatever can produce captures, and the one spelling by which users name them.
 
-Owns :func:`open_side`.  Refuses unknown prefixes with a suggestion; imports an engine's module only when that engine is asked for, so that torch is
-never loaded for our own.  Called by ``bisection`` and the commands.
+Owns :func:`open_side`.  Refuses unknown prefixes with a suggestion; imports an engine's module only when that engine is asked for, so that
+torch is never loaded for our own.  Called by ``bisection`` and the commands.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from aprender.errors import CannotRun, UnknownName
 from aprender.stages import suggest
 
-DTYPES = ("float32", "float16", "bfloat16")
+if TYPE_CHECKING:
+    from aprender.sides.base import Side
+
+DTYPES = ("float16", "bfloat16", "float32")  # the first is the default
 
 
-def _own(backend: str) -> Callable[[str, str], Any]:
-    def opened(rest: str, spelling: str) -> Any:
+def _own(backend: str) -> Callable[[str, str], Side]:
+    def opened(rest: str, spelling: str) -> Side:
         from aprender.sides.own import OwnSide
 
         return OwnSide(rest, backend=backend, spelling=spelling)
@@ -26,28 +29,43 @@ def _own(backend: str) -> Callable[[str, str], Any]:
     return opened
 
 
-def _hf(rest: str, spelling: str) -> Any:
-    from aprender.sides.hf import HFSide
-
+def _hf(rest: str, spelling: str) -> Side:
     name, at, dtype = rest.rpartition("@")
-    if not at or "/" in dtype:
-        name, dtype = rest, "float16"
+    if not at or "/" in dtype:  # an @ in a folder's name
+        name, dtype = rest, DTYPES[0]
     if dtype not in DTYPES:
-        raise UnknownName(f"'{spelling}': there is no dtype '{dtype}', one of {', '.join(DTYPES)} is needed", code="LOOKUP", field="dtype")
-    return HFSide(name, dtype=dtype, spelling=spelling)
+        text = f"'{spelling}': there is no dtype '{dtype}', one of {', '.join(DTYPES)} is needed"
+        raise UnknownName(text, code="LOOKUP", field="dtype")
+    return open_hf(name, dtype, spelling)
 
 
-def _saved(rest: str, spelling: str) -> Any:
+def open_hf(name: str, dtype: str = DTYPES[0], spelling: str | None = None) -> Side:
+    """A Hugging Face side; CannotRun where torch or transformers is not installed."""
+    try:
+        from aprender.sides.hf import HFSide
+    except ImportError as error:
+        text = f"hf: sides need torch and transformers 5: pip install 'aprender[hf]' ({error})"
+        raise CannotRun(text, code="IMPORT", field=error.name) from None
+    return HFSide(name, dtype, spelling)
+
+
+def _saved(rest: str, spelling: str) -> Side:
     from aprender.sides.saved import SavedSide
 
     return SavedSide(rest, spelling=spelling)
 
 
-PREFIXES: Mapping[str, Callable[[str, str], Any]] = {"cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved}
+def _not_yet(rest: str, spelling: str) -> Side:
+    raise CannotRun(f"'{spelling}': llama.cpp as a side is not built yet", code="UNSUPPORTED", field="side")
+
+
+PREFIXES: Mapping[str, Callable[[str, str], Side]] = {
+    "cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved, "llama.cpp": _not_yet,
+}  # fmt: skip
 """Prefix before the first colon to what opens the rest."""
 
 
-def open_side(spelling: str | os.PathLike[str]) -> Any:
+def open_side(spelling: str | os.PathLike[str]) -> Side:
     """Open a side by its spelling.
 
     Parameters
@@ -69,10 +87,12 @@ def open_side(spelling: str | os.PathLike[str]) -> Any:
     """
     text = os.fspath(spelling)
     prefix, colon, rest = text.partition(":")
-    if colon and prefix in PREFIXES and not Path(text).exists():
+    if not colon or Path(text).exists():
+        return _own("cpu")(text, text)
+    if prefix in PREFIXES:
         if not rest:
             raise CannotRun(f"'{text}' names nothing after '{prefix}:'", code="ARGUMENT", field="side")
         return PREFIXES[prefix](rest, text)
-    if colon and prefix.isidentifier() and not Path(text).exists():
+    if prefix.isidentifier():
         raise UnknownName(f"there is no side '{prefix}:'{suggest(prefix, PREFIXES)}", code="LOOKUP", field="side")
     return _own("cpu")(text, text)

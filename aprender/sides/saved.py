@@ -1,19 +1,21 @@
 """A folder of captures as a side: it can be compared and judged, but it cannot run.
 
-Owns the choice of arithmetic for a recording (its manifest names it) and the refusals of a side that is a record: other ids, generation.  Called by
-``sides.open_side`` and ``bisection``.
+Owns the choice of arithmetic for a recording (its manifest names it) and the refusals of a side that is a record: other ids, generation.
+Called by ``sides.open_side`` and ``bisection``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aprender import arithmetic
 from aprender.captures import Captures, open_captures
 from aprender.errors import ArgumentError, CannotRun, NotComparable
+from aprender.sides.base import Progress
 from aprender.stages import Selection
 from aprender.text import Tokenizer
 
@@ -27,6 +29,15 @@ class SavedSide:
         Written by ``trace``, ``oracle`` or :func:`aprender.captures.save`.
     spelling : str, optional
         How the user wrote it.
+
+    Raises
+    ------
+    FormatError
+        Not a capture.
+    ArgumentError
+        The manifest names no arithmetic profile.
+    UnknownName
+        It names one that this version does not know.
     """
 
     def __init__(self, folder: str | os.PathLike[str], spelling: str | None = None) -> None:
@@ -38,7 +49,7 @@ class SavedSide:
             raise ArgumentError(f"{self.path}: the manifest names no arithmetic", code="MISSING", path=str(self.path), field="profile")
         self.profile = arithmetic.profile(name).with_order(self.captures.manifest.arithmetic)
 
-    def capture(self, ids: Sequence[int], keep: Selection | None = None) -> Captures:
+    def capture(self, ids: Sequence[int], keep: Selection | None = None, progress: Progress | None = None) -> Captures:
         """The recorded captures, if they are of just these ids.
 
         Raises
@@ -49,13 +60,14 @@ class SavedSide:
         have = self.captures.tokens
         if tuple(ids) != have:
             at = next((i for i, (a, b) in enumerate(zip(ids, have, strict=False)) if a != b), min(len(ids), len(have)))
-            asked, held = (str(s[at]) if at < len(s) else "the end" for s in (ids, have))
-            raise NotComparable(
-                f"{self.spelling} recorded other token ids: at place {at} {held}, asked for {asked} ({len(have)} and {len(ids)} tokens)", code="TOKENS"
-            )
+            held, asked = (str(s[at]) if at < len(s) else "the end" for s in (have, ids))
+            text = f"at place {at} {held}, asked for {asked} ({len(have)} and {len(ids)} tokens)"
+            raise NotComparable(f"{self.spelling} recorded other token ids: {text}", code="TOKENS", field="tokens")
         if keep is None:
             return self.captures
-        return Captures({key: self.captures[key] for key in self.captures if keep(key)}, self.captures.manifest)
+        kept = {key: self.captures[key] for key in self.captures if keep(key)}
+        notes = {key: self.captures.manifest.tensors[key] for key in kept}
+        return Captures(kept, replace(self.captures.manifest, tensors=notes))
 
     def model_data(self) -> dict[str, Any] | None:
         """None: a recording holds no weights."""
@@ -65,7 +77,7 @@ class SavedSide:
         """None: a recording holds ids."""
         return None
 
-    def generate(self, ids: Sequence[int], n: int) -> list[int]:
+    def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:
         """Always raises :class:`CannotRun`."""
         raise CannotRun(f"{self.spelling} is a recording and cannot generate", code="SAVED")
 

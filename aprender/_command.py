@@ -1,8 +1,8 @@
 """What every command shares: the guard, the parser, exit codes and streams.
 
-The result goes to stdout, everything else to stderr.  Exit codes: 0 agree or done, 1 a divergence was found, 2 usage, 3 not comparable or cannot run.
-An exception that no command expects is 3 with one line (``APRENDER_TRACEBACK=1`` prints the traceback): Python's own 1 would read as "bad" to a
-bisecting script.  Called by the command modules only.
+The result goes to stdout, everything else to stderr.  Exit codes: 0 agree or done, 1 a divergence was found, 2 usage, 3 not comparable or
+cannot run.  An exception that no command expects is 3 with one line (``APRENDER_TRACEBACK=1`` prints the traceback): Python's own 1 would
+read as "bad" to a bisecting script.  Called by the command modules only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
 AGREE, DIVERGENCE, USAGE, CANNOT = 0, 1, 2, 3
 
@@ -60,7 +60,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+class Main(Protocol):
+    """A command: the words after its name (those of the process if None) to an exit code."""
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run it."""
+
+
+def command(main: Main) -> Main:
     """Decorate a command's ``main(argv)`` with the guard that turns exceptions into exit codes."""
 
     @functools.wraps(main)

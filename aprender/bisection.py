@@ -1,33 +1,29 @@
 """From two spellings to a verdict: open the sides, agree on token ids, run, judge, collect what the report shows.
 
-Owns the order of a hunt: token ids first, then the sample contract, then the local judgement of both sides, then the free comparison and what
-quantisation alone costs.  Refuses to compare unlike things and to call anything wrong itself: that is ``judge.verdict``.  Called by ``import aprender``
-(:func:`compare`), by the command ``bisect`` and by parity tests.
+Owns the order of a hunt: token ids first, then the sample contract, then the local judgement of both sides, then the free comparison and
+what quantisation alone costs.  Refuses to compare unlike things and to call anything wrong itself: that is ``judge.verdict``. Called by
+``import aprender`` (:func:`compare`), by the command ``bisect`` and by parity tests.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import aprender
-from aprender import arithmetic, sides, stages
-from aprender.captures import Captures, Manifest, check_contract, open_captures
+from aprender import arithmetic, sides
+from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
-from aprender.judge import faults, metrics, verdict, witness
-from aprender.judge.rounding import to_format
-from aprender.sides.base import Side
+from aprender.judge import faults, metrics, witness
+from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide, local
+from aprender.references import WitnessSide, candidates, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
-from aprender.text import Tokenizer
 
 PROMPT = "What is 2+2?"
 """What is asked when nobody says: the prompt of the embedded model's recorded stages."""
@@ -54,7 +50,7 @@ class Report:
         What was compared; None where no run was needed to decide.
     """
 
-    judged: verdict.Verdict
+    judged: Verdict
     prompt: str | None = None
     answers: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
@@ -68,7 +64,7 @@ class Report:
         return self.judged.verdict
 
     @property
-    def first(self) -> verdict.Fault | None:
+    def first(self) -> Fault | None:
         """First wrong operation."""
         return self.judged.first
 
@@ -92,146 +88,6 @@ class Report:
             "reproduce": self.reproduce,
         }
         return self.judged.to_json() | extra
-
-
-# ---- the witness as a side -----------------------------------------------------------------------------------------------------------
-
-
-class WitnessSide:
-    """The float64 definition run freely on some side's weights; it has no arithmetic of its own to judge."""
-
-    profile = None
-
-    def __init__(self, source: Side, spelling: str) -> None:
-        self.source, self.spelling = source, spelling
-        data = source.model_data()
-        if data is None:
-            raise CannotRun(f"{source.spelling} has no weights for a witness: name a model, witness:MODEL", code="WEIGHTS")
-        self.model = witness.ModelData(**data)
-
-    def capture(self, ids: Sequence[int], keep: stages.Selection | None = None) -> Captures:
-        """The free float64 forward pass, handed out as float32."""
-        values = witness.forward(self.model, ids)
-        kept = {key: value.astype(np.float32) for key, value in values.items() if keep is None or keep(key)}
-        manifest = Manifest(
-            side=self.spelling,
-            tokens=tuple(ids),
-            producer="aprender witness",
-            version=aprender.__version__,
-            arch=self.model.arch,
-            flags=self.model.flags,
-            hparams=dict(self.model.hparams),
-        )
-        return Captures(kept, manifest)
-
-    def model_data(self) -> Any:
-        """The weights that it runs on."""
-        return self.source.model_data()
-
-    def tokenizer(self) -> Tokenizer | None:
-        """That of the model."""
-        return self.source.tokenizer()
-
-    def generate(self, ids: Sequence[int], n: int) -> list[int]:
-        """Greedy, one full forward pass per token: for small models."""
-        out: list[int] = []
-        tokenizer = self.tokenizer()
-        stop = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
-        while len(out) < n:
-            token = int(np.argmax(witness.forward(self.model, [*ids, *out])["lm_head", None][-1]))
-            if token in stop:
-                break
-            out.append(token)
-        return out
-
-    def close(self) -> None:
-        """The source is closed by who opened it."""
-
-
-# ---- recorded references and their weights -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _digest(path: Path, size: int, time: int) -> str:
-    """SHA-256 of a file; size and time make the cache safe."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest_of(path: Path) -> str | None:
-    """SHA-256 of a file, None where there is none."""
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-def _home(side: Side) -> Path | None:
-    """Folder in which a side's model or captures lie."""
-    path = getattr(side, "path", None)
-    if path is None:
-        return None
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
-def recorded(subject: Side, ids: Sequence[int]) -> SavedSide | None:
-    """The reference recorded beside a model for just these ids, ``stages-float16`` first.
-
-    It counts only if its hyper-parameters are the subject's and its digest names a model file in the same folder.
-    """
-    home = _home(subject)
-    data = subject.model_data()
-    if home is None or data is None:
-        return None
-    for folder in sorted(home.glob("stages-*")):
-        manifest = open_captures(folder).manifest
-        same = manifest.tokens == tuple(ids) and manifest.arch == data["arch"] and _same_sizes(manifest.hparams, data["hparams"])
-        if same and manifest.model_digest in {_digest_of(home / "model.safetensors"), getattr(subject, "digest", None)}:
-            return SavedSide(folder)
-    return None
-
-
-def _same_sizes(a: Mapping[str, int | float], b: Mapping[str, int | float]) -> bool:
-    return all(a.get(name) == b.get(name) for name in ("layers", "dim", "ffn", "heads", "kv_heads", "head", "vocab"))
-
-
-def weights_of(side: Any, manifest: Manifest, candidates: Sequence[Path]) -> witness.ModelData | None:
-    """A side's model as the side holds it; for a saved side, the file that its digest names, cast as its arithmetic casts weights."""
-    data = side.model_data()
-    if data is not None:
-        return witness.ModelData(**data)
-    for path in candidates:
-        if manifest.model_digest is not None and _digest_of(path) == manifest.model_digest:
-            held = OwnSide(path.parent if path.name == "model.safetensors" else path).model_data()
-            return witness.ModelData(held["arch"], held["flags"], held["hparams"], _Cast(held["weights"], side.profile))
-    return None
-
-
-class _Cast(Mapping[Key, Any]):
-    """Weights rounded to the number format that a side holds them in."""
-
-    def __init__(self, weights: Mapping[Key, Any], profile: arithmetic.Profile | None) -> None:
-        self._weights, self._format = weights, profile.activations if profile else arithmetic.F32
-
-    def __getitem__(self, key: Key) -> Any:
-        return to_format(np.asarray(self._weights[key], np.float64), self._format)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-def _candidates(*parties: Any) -> list[Path]:
-    """Model files near the sides: beside a saved folder, or the models themselves."""
-    out: list[Path] = []
-    for party in parties:
-        home = _home(party) if party is not None else None
-        path = getattr(party, "path", None)
-        if home is not None and path is not None:
-            out += [Path(path), home / "model.safetensors", home.parent / "model.safetensors"]
-    return [path for path in dict.fromkeys(out) if path.is_file()]
 
 
 # ---- token ids -----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +126,9 @@ def _resolve(subject: Any, reference: Any, ask: Ask) -> tuple[tuple[int, ...], t
     own, other = _encode(subject, prompt), _encode(reference, prompt) if reference is not None else None
     if own is None:
         if other is None or not ask.same_ids:
-            raise CannotRun(f"{subject.spelling} has no tokenizer for a text: give --prompt-ids, or --same-ids for the reference's", code="TOKENIZER")
+            raise CannotRun(
+                f"{subject.spelling} has no tokenizer for a text: give --prompt-ids, or --same-ids for the reference's", code="TOKENIZER"
+            )
         own = other
     return own, (own if other is None else other), prompt
 
@@ -287,7 +145,8 @@ def _tokens_differ(subject: Any, reference: Any, own: Sequence[int], other: Sequ
 
     return (
         f"The sides cut the same text into different tokens: at position {at} the subject has {piece(subject, own)}, the reference "
-        f"{piece(reference, other)} ({len(own)} and {len(other)} tokens). Nothing after that is comparable; --same-ids forces the reference's ids."
+        f"{piece(reference, other)} ({len(own)} and {len(other)} tokens). Nothing after that is comparable; --same-ids forces the"
+        " reference's ids."
     )
 
 
@@ -322,7 +181,9 @@ class Hunt:
         return found
 
 
-def open_hunt(subject: str | None = None, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None) -> Hunt:
+def open_hunt(
+    subject: str | None = None, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None
+) -> Hunt:
     """Open the sides.
 
     Parameters
@@ -388,10 +249,10 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0) -> Report
     return Report(judged, prompt, answers, tuple(notes + more), "", left, right)
 
 
-def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> verdict.Verdict:
+def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> Verdict:
     """The verdict for token ids that differ: nothing was run."""
     parties = [_party(opened, name, side) for name, side in (("subject", opened.subject), ("reference", opened.reference))]
-    return verdict.Verdict(
+    return Verdict(
         verdict="divergence",
         finding="tokens",
         first=None,
@@ -406,38 +267,38 @@ def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> verdict.Verdi
     )
 
 
-def _party(opened: Hunt, name: str, side: Any, captures: Captures | None = None, results: Sequence[verdict.StageResult] = ()) -> verdict.Party:
+def _party(opened: Hunt, name: str, side: Any, captures: Captures | None = None, results: Sequence[StageResult] = ()) -> Party:
     profile = opened.profile_of(name, side)
     manifest = captures.manifest if captures is not None else None
     backend = None
     if manifest is not None and manifest.backend:
         backend = f"{manifest.backend} {manifest.tier}" if manifest.tier else manifest.backend
-    return verdict.Party(side.spelling, profile.name if profile else "float64", backend, manifest.model_digest if manifest else None, results)
+    return Party(side.spelling, profile.name if profile else "float64", backend, manifest.model_digest if manifest else None, results)
 
 
-def _judge(opened: Hunt, reference: Any, ids: Sequence[int]) -> tuple[verdict.Verdict, Captures, Captures, list[str]]:
+def _judge(opened: Hunt, reference: Any, ids: Sequence[int]) -> tuple[Verdict, Captures, Captures, list[str]]:
     """Capture, check the contract, judge both sides locally, compare freely."""
     subject = opened.subject
     left = subject.capture(ids)
     right = reference.capture(ids)
     notes = check_contract(left, right)
     models = {
-        "subject": weights_of(subject, left.manifest, _candidates(subject)),
-        "reference": weights_of(reference, right.manifest, _candidates(reference, subject)),
+        "subject": weights_of(subject, left.manifest, candidates(subject)),
+        "reference": weights_of(reference, right.manifest, candidates(reference, subject)),
     }
     parties = {}
     for name, side, captures in (("subject", subject, left), ("reference", reference, right)):
         profile = opened.profile_of(name, side)
-        results = verdict.local(captures, models[name], profile) if profile is not None else []
+        results = local(captures, models[name], profile) if profile is not None else []
         parties[name] = _party(opened, name, side, captures, results)
     cost = _quantization(models["subject"], models["reference"], ids)
-    judged = verdict.decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
     notes += _remarks(judged, models, left, right)
     return judged, left, right, notes
 
 
 def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids: Sequence[int]) -> dict[Key, float]:
-    """Relative L2 of the witness on the subject's weights against the witness on the reference's: what the weights alone make of the difference."""
+    """What the weights alone make of the difference: relative L2 of the witness on the subject's against the witness on the reference's."""
     if a is None or b is None:
         return {}
     wq, wo = witness.forward(a, ids), witness.forward(b, ids)
@@ -445,15 +306,15 @@ def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids:
     return {key: value for key, value in made if value is not None}
 
 
-def _remarks(judged: verdict.Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:
+def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:
     """What a reader must know to trust the verdict: its probes, its power, what was not judged."""
     notes = []
     seen = [r for r in judged.subject.results if r.power is not None]
     if seen:
         weakest, best = max(seen, key=lambda r: r.power or 0), min(seen, key=lambda r: r.power or 0)
         notes.append(
-            f"power: a relative error of {best.power:.0e} ({best.stage}) to {weakest.power:.0e} ({weakest.stage}) of a whole stage would have been seen"
-            f" on these {len(judged.tokens)} tokens; decoding, padding and long contexts were not probed"
+            f"power: a relative error of {best.power:.0e} ({best.stage}) to {weakest.power:.0e} ({weakest.stage}) of a whole stage would"
+            f" have been seen on these {len(judged.tokens)} tokens; decoding, padding and long contexts were not probed"
         )
     if judged.unmeasured:
         names = ", ".join(dict.fromkeys(r.stage for r in judged.unmeasured))
@@ -503,7 +364,9 @@ def _differing_step(subject: Any, reference: Any, ids: Sequence[int], steps: int
     chosen = [int(np.argmax(row)) for row in last[len(ids) - 1 : -1]]
     for step, (mine, theirs) in enumerate(zip(chosen, driven, strict=True)):
         if mine != theirs:
-            return full[: len(ids) + step], f"steps: the first choice that differs is step {step}: {mine} against {theirs}; that step is judged"
+            return full[
+                : len(ids) + step
+            ], f"steps: the first choice that differs is step {step}: {mine} against {theirs}; that step is judged"
     return full[:-1], f"steps: all {len(driven)} choices are equal; the last step is judged"
 
 

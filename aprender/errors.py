@@ -1,8 +1,8 @@
 """The exceptions of aprender, and nothing else.
 
-The C core fails with a kind from ``csrc/base/errors.def``; the extension raises the class named there, from this file, with the fields of the
-core's error struct as attributes.  Python code raises the same classes with the same keywords.  Commands catch :class:`Error` once, in
-``aprender._command``.
+The C core fails with a kind from ``csrc/base/errors.def``; the extension raises the class named there, from this file, with the fields of
+the core's error struct as attributes.  Python code raises the same classes with the same keywords.  Commands catch :class:`Error` once,
+in ``aprender._command``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make the records under ``evidence/``: a question, the command that answers it, the environment, every stage as a line of JSON, the table.
 
-``python scripts/make_evidence.py`` runs each question again and writes one folder per question.  A record is data about one machine on one day; the tests
-do not read it.  Needs an installed aprender, nothing else.
+``python scripts/make_evidence.py`` runs each question again and writes one folder per question.  A record is data about one machine on
+one day; the tests do not read it.  Needs an installed aprender, nothing else.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ QUESTIONS = (
 
 def environment() -> dict[str, object]:
     """What the figures depend on."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        "unknown",
+    )
     return {
         "date": date.today().isoformat(),
         "aprender": aprender.__version__,

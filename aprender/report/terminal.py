@@ -1,7 +1,7 @@
 """The report in a terminal: one sentence, the table of stages, the answer, how to reproduce.
 
-Owns layout and words around the figures.  Refuses to judge, to round a figure into another state, or to hide a row that is not clean: layers that are
-folded are counted and their worst row is named.  Called by the commands ``bisect`` and, for its table, by notebooks.
+Owns layout and words around the figures.  Refuses to judge, to round a figure into another state, or to hide a row that is not clean:
+layers that are folded are counted and their worst row is named.  Called by the commands ``bisect`` and, for its table, by notebooks.
 """
 
 from __future__ import annotations

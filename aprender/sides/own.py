@@ -1,8 +1,9 @@
 """Our own engine as a side: captures, weights as the file holds them, and greedy text.
 
-Owns the way from a model file to :class:`~aprender.captures.Captures`: chunks for long prompts and their joining, path attestation, and the application of
-edits.  An edit is plain data (a step field or a weight, and what becomes of it); this file applies edits and knows no fault.  Refuses backends that are
-not built in: there is no silent fallback.  Called by ``sides.open_side``, ``bisection`` and the commands.
+Owns the way from a model file to :class:`~aprender.captures.Captures`: chunks for long prompts and their joining, path attestation, and
+the application of edits.  An edit is plain data (a step field or a weight, and what becomes of it); this file applies edits and knows no
+fault.  Refuses backends that are not built in: there is no silent fallback.  Called by ``sides.open_side``, ``bisection`` and the
+commands.
 """
 
 from __future__ import annotations
@@ -160,7 +161,9 @@ class OwnSide:
         """The container's own tokenizer; None if it has none."""
         return self._tokenizer
 
-    def capture(self, ids: Sequence[int], keep: stages.Selection | None = None, progress: Callable[[float], None] | None = None) -> Captures:
+    def capture(
+        self, ids: Sequence[int], keep: stages.Selection | None = None, progress: Callable[[float], None] | None = None
+    ) -> Captures:
         """Run the ids from position 0 and hand out the selected stages (all if not given).
 
         Parameters
@@ -216,7 +219,10 @@ class OwnSide:
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
         run = self.run()
-        parts = [run.forward(ids[first:last], [("lm_head", None)])["lm_head", None] for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))]
+        parts = [
+            run.forward(ids[first:last], [("lm_head", None)])["lm_head", None]
+            for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:

@@ -558,6 +558,22 @@ def file_name(layer: int | None) -> str:
 _OURS = re.compile(r"(layer-\d{3,6}\.safetensors|model\.safetensors|manifest\.json)(\.tmp)?")
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Whether a capture may be saved there: before long work, so that it is not done in vain.
+
+    Raises
+    ------
+    CannotRun
+        Not a folder, or one that holds anything else than a capture.
+    """
+    where = Path(folder)
+    if where.exists() and not where.is_dir():
+        raise CannotRun(f"{where}: is not a folder", code="PATH", path=str(where))
+    foreign = sorted(name for name in (os.listdir(where) if where.is_dir() else ()) if not _OURS.fullmatch(name))
+    if foreign:
+        raise CannotRun(f"{where} holds '{foreign[0]}': it is not a capture and will not be written over", code="PATH", path=str(where))
+
+
 def save(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
     """Write a capture to a folder.
 
@@ -584,10 +600,8 @@ def save(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
     """
     where = Path(folder)
     try:
+        check_folder(where)
         where.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(name for name in os.listdir(where) if not _OURS.fullmatch(name))
-        if foreign:
-            raise CannotRun(f"{where} holds '{foreign[0]}': it is not a capture and will not be written over", code="PATH", path=str(where))
         (where / MANIFEST).unlink(missing_ok=True)
         notes: dict[Key, TensorNote] = {}
         for layer in dict.fromkeys(key[1] for key in captures):

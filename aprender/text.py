@@ -132,7 +132,7 @@ def _digest(backend: tokenizers.Tokenizer) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _bare(part: Any) -> Any:  # noqa: ANN401 (JSON)
+def _bare(part: Any) -> Any:
     """A pre-tokenizer's description without what only moves offsets."""
     if isinstance(part, dict):
         return {name: _bare(value) for name, value in part.items() if name != "trim_offsets"}

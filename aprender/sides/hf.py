@@ -116,7 +116,7 @@ class HFSide:
         arrays, notes = self._arrays(recorder, [key for key in every if key in wanted], len(ids))
         return Captures(arrays, self._manifest(ids, notes, attested))
 
-    def _forward(self, ids: Sequence[int], past: Any = None) -> tuple[torch.Tensor, Any]:  # noqa: ANN401 (transformers' cache)
+    def _forward(self, ids: Sequence[int], past: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits [T, V] of the ids, and the cache after them."""
         with torch.inference_mode():
             out = self.model(input_ids=torch.tensor([list(ids)]), past_key_values=past, use_cache=True)
@@ -269,7 +269,7 @@ class HFSide:
 class HeldWeights(Mapping[Key, Array]):
     """The parameters of a loaded model as float32, widened when asked for and not kept: (row of ``weights.def``, layer) to [out, in]."""
 
-    def __init__(self, model: Any, names: Mapping[Key, str]) -> None:  # noqa: ANN401 (a foreign model)
+    def __init__(self, model: Any, names: Mapping[Key, str]) -> None:
         self._model = model
         self._names = names
 
@@ -316,7 +316,7 @@ def _file(name: str, file: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _load_config(name: str) -> Any:  # noqa: ANN401
+def _load_config(name: str) -> Any:
     """The configuration; CannotRun where there is no such model."""
     where = Path(name)
     like_a_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
@@ -330,7 +330,7 @@ def _load_config(name: str) -> Any:  # noqa: ANN401
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _described(config: Any, name: str) -> tuple[str, frozenset[str]]:  # noqa: ANN401
+def _described(config: Any, name: str) -> tuple[str, frozenset[str]]:
     """Architecture and flags, if the stage table describes the model; ConfigError if not."""
     row = next((row for row in _core.ARCHS if row[0] == config.model_type), None)
     if row is None:
@@ -343,7 +343,7 @@ def _described(config: Any, name: str) -> tuple[str, frozenset[str]]:  # noqa: A
     return row[0], frozenset(row[2]) | {flag for flag in row[3] if OPTIONS[flag](config)}
 
 
-def _hparams(config: Any) -> dict[str, int | float]:  # noqa: ANN401
+def _hparams(config: Any) -> dict[str, int | float]:
     """The hyper-parameters as transformers holds them, by the names of ``hparams.def``."""
     found: dict[str, Any] = {}
     for field, kind, _, entry, *_ in _core.HPARAMS:
@@ -359,7 +359,7 @@ def _hparams(config: Any) -> dict[str, int | float]:  # noqa: ANN401
     return found
 
 
-def _load_model(name: str, config: Any, dtype: str) -> Any:  # noqa: ANN401
+def _load_model(name: str, config: Any, dtype: str) -> Any:
     """The model in a dtype, on the CPU, with every parameter from the checkpoint and no tensor of the checkpoint left over."""
     with _foreign(name, "cannot be loaded"):
         model, said = transformers.AutoModelForCausalLM.from_pretrained(
@@ -380,7 +380,7 @@ def _load_model(name: str, config: Any, dtype: str) -> Any:  # noqa: ANN401
     return model.eval()
 
 
-def _bound(model: Any, flags: frozenset[str], layers: int, name: str) -> dict[Key, str]:  # noqa: ANN401
+def _bound(model: Any, flags: frozenset[str], layers: int, name: str) -> dict[Key, str]:
     """Row of ``weights.def`` and layer to the parameter's name: each row that is on has one, and no parameter is left over."""
     names: dict[Key, str] = {}
     held = {key for key, _ in model.named_parameters()}

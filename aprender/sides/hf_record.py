@@ -55,7 +55,7 @@ class _SoftmaxInput(TorchFunctionMode):  # type: ignore[misc]  # torch is not fo
         super().__init__()
         self.seen: torch.Tensor | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 (torch's signature)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _SOFTMAXES and self.seen is None:
             self.seen = args[0]
         return func(*args, **(kwargs or {}))
@@ -65,13 +65,13 @@ _active: ContextVar[Recorder | None] = ContextVar("aprender_recorder", default=N
 
 
 def _attention(
-    module: Any,  # noqa: ANN401 (a foreign module)
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    **more: Any,  # noqa: ANN401
+    **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The registered attention function: the model's own eager one, with a look at what goes in and out."""
     home: Any = sys.modules[type(module).__module__]
@@ -134,7 +134,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def module(self, path: str) -> Any:  # noqa: ANN401
+    def module(self, path: str) -> Any:
         """The module of a path; ConfigError if the model has none there."""
         try:
             return self.model.get_submodule(path)

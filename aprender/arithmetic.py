@@ -6,7 +6,7 @@ its row), by the judge (``judge.noise`` reads every column) and by the reports.
 
 A row is per *side*, never per stage.  The order in which a foreign library adds is a fact of that library on that machine: no machine's
 order is a constant here.  A side identifies it with probe products and passes it to :meth:`Profile.with_order`; until then the row holds
-the envelope, a plain sequential sum, which no sensible order exceeds.
+the envelope of ``judge.sums``, which no sensible order exceeds.
 """
 
 from __future__ import annotations

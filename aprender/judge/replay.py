@@ -120,7 +120,7 @@ def ancestors(wires: Mapping[Key, tuple[Source, ...]]) -> dict[Key, frozenset[Ke
     return out
 
 
-class Unmeasured(Exception):  # noqa: N818 (a reason, not an error)
+class Unmeasured(Exception):
     """Why a stage cannot be judged."""
 
 

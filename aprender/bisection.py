@@ -301,7 +301,10 @@ def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids:
     """What the weights alone make of the difference: relative L2 of the witness on the subject's against the witness on the reference's."""
     if a is None or b is None:
         return {}
-    wq, wo = witness.forward(a, ids), witness.forward(b, ids)
+    wq = witness.forward(a, ids)
+    if a.weights is b.weights:
+        return dict.fromkeys(wq, 0.0)
+    wo = witness.forward(b, ids)
     made = ((key, metrics.distance(wq[key], wo[key]).rel_l2) for key in wq if key in wo)
     return {key: value for key, value in made if value is not None}
 

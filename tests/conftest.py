@@ -25,7 +25,7 @@ hypothesis.settings.register_profile("aprender", deadline=None, derandomize=True
 hypothesis.settings.load_profile("aprender")
 
 CANARY = Path(__file__).resolve().parent.parent / "aprender" / "data" / "canary"
-PROMPT = (263, 374, 220, 17, 10, 17, 30)  # "What is 2+2?", canary README
+PROMPT = (261, 374, 220, 17, 10, 17, 30)  # "What is 2+2?", canary README
 
 Blob = tuple[str, tuple[int, ...], bytes]
 

@@ -21,6 +21,9 @@ from aprender.judge.witness import Mask
 IMPOSSIBLE = 1e9
 """What a deviation is reported as where none at all is allowed (a probability for a forbidden key, a copied value that changed)."""
 
+FINEST = 2.0**-53
+"""Smallest relative error that is spoken of: what float64 holds."""
+
 SAMPLE = 4096
 """Elements that are recomputed exactly when a group is suspicious: enough to tell 1.15 from 1 at 10 sigma."""
 
@@ -45,7 +48,8 @@ class Measure:
     n : int
         Elements compared.
     i_max, z_rms, z_max, z_mean : float or None
-        Largest |I|; root mean square, largest magnitude and mean of z.  :data:`IMPOSSIBLE` is the ceiling.  None if nothing is compared.
+        Largest |I|; root mean square, largest magnitude and mean of z over the elements that are rounded at all.  :data:`IMPOSSIBLE` is the
+        ceiling.  None if there are none (a copy).
     bit_equal : float
         Share equal to the emulation, bit for bit (-0 is 0).
     worst : Group or None
@@ -116,13 +120,14 @@ def measure(captured: Float, made: Prediction, gates: Gates, band: float) -> Mea
         reasons += said
         deviation = max(deviation, far)
     i = np.where(exact, np.where(changed, IMPOSSIBLE, 0.0), np.minimum(np.abs(scores.i), IMPOSSIBLE))
-    z = np.clip(scores.z[noisy if noisy.any() else usable], -IMPOSSIBLE, IMPOSSIBLE)
+    rounded = scores.rounded & (noisy if noisy.any() else usable)
+    z = np.clip(scores.z[rounded], -IMPOSSIBLE, IMPOSSIBLE)
     return Measure(
         n=n,
         i_max=float(i[usable].max()),
-        z_rms=float(min(np.sqrt(np.mean(z * z)), IMPOSSIBLE)),
-        z_max=float(np.abs(z).max()),
-        z_mean=float(np.mean(z)),
+        z_rms=float(min(np.sqrt(np.mean(z * z)), IMPOSSIBLE)) if z.size else None,
+        z_max=float(np.abs(z).max()) if z.size else None,
+        z_mean=float(np.mean(z)) if z.size else None,
         bit_equal=float(np.count_nonzero(same & usable) / n),
         worst=worst,
         deviation=float(deviation),
@@ -163,6 +168,7 @@ class _Scores:
             self.residual = np.where(usable, captured - made.plain, 0.0)
             self.i = np.where(usable, interval(captured, made.pre, np.sqrt(made.sigma2), made.format), 0.0)
         self.z = _ratio(self.residual, made.variance)
+        self.rounded = usable & ((made.variance > 0) | (self.residual != 0))  # what no operation rounds would only dilute z
         self.factor: Float | None = None
         if made.row is not None:
             self.z, self.factor = _whiten(self.z, np.where(usable, made.plain, 0.0), made)
@@ -222,7 +228,7 @@ def _gated(scores: _Scores, noisy: Mask, gates: Gates, band: float) -> tuple[lis
             reasons.append(
                 f"{more}{count} elements outside their rounding interval, by up to {_say(far)} sigma at {at} (gate {gates.element:.1f})"
             )
-    worst, said = _groups(scores, noisy, gates, band)
+    worst, said = _groups(scores, noisy & scores.rounded, gates, band)
     reasons += said
     if scores.factor is not None:
         top = float(np.abs(scores.factor).max())
@@ -319,7 +325,8 @@ def power(made: Prediction, usable: Mask, gates: Gates, band: float) -> float | 
     step = ulp(pre, made.format)
     left = np.abs(to_format(pre, made.format)) + step / 2 - pre  # to the boundary above
     short = np.where(certain, 0.0, gates.element * np.sqrt(made.sigma2[counted])) - left
-    needed = (left + np.ceil(np.maximum(short, 0.0) / step) * step) / y
+    needed = np.maximum(left, FINEST * y)  # a tie is tipped by anything
+    needed = (needed + np.ceil(np.maximum(short, 0.0) / step) * step) / y
     enough = min(3, len(needed)) - 1
     best = float(np.partition(needed, enough)[enough])
     variance = made.variance[counted]

@@ -258,7 +258,7 @@ def _misfit(at: Setting, y: Float) -> Float:
         return np.zeros(y.shape[1] // 2)
     outside = np.abs(interval(at.captured, y, np.sqrt(_table_variance(at, y)), at.profile.activations))
     cos, sin = np.hsplit(outside.max(axis=0), 2)
-    return np.maximum(cos, sin)
+    return np.asarray(np.maximum(cos, sin))
 
 
 # ---- the norm --------------------------------------------------------------------------------------------------------------------------
@@ -394,13 +394,24 @@ def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
         return a.transpose(1, 0, 2).reshape(a.shape[1], -1)
 
     y, added = side_by_side(dot.value()), side_by_side(sums.estimate(dot))
+    grid = side_by_side(_single_grid(p.value, values))
+    added = np.where(grid > 0, variance(y, F32, grid), added)
     left = added.copy()
     if not _known(p, v):
         spread = witness.heads_first(_spread(v), head, share).transpose(0, 2, 1)
         left += side_by_side(Dot(_spread(p), values**2, dot.order).value() + Dot(p.value**2, spread, dot.order).value())
-    total = left if fmt == F32 else left + variance(y, fmt)
+    total = left if fmt == F32 else left + np.where(grid > 0, variance(y, fmt, grid), variance(y, fmt))
     bits = side_by_side(sums.emulate(dot).reshape(heads, p.value.shape[1], head)) if _replayed(dot, p, v) else None
     return Prediction(y, left, y, total, fmt, certain=bits is not None, expected=bits, dot=dot, added=added, heads=heads)
+
+
+def _single_grid(p: Float, values: Float) -> Float:
+    """Grid of the one product of a query that reads one key only (a first token, or a probability of 1), 0 for other queries: [H, T, h]."""
+    single = np.count_nonzero(p, axis=2) == 1
+    which = np.argmax(p != 0, axis=2)
+    head = np.arange(p.shape[0])[:, None]
+    grid = product_grid(p[head, np.arange(p.shape[1]), which][..., None], values[head, :, which])
+    return np.where(single[..., None], grid, 0.0)
 
 
 # ---- exponentials ----------------------------------------------------------------------------------------------------------------------
@@ -424,10 +435,12 @@ def _softmax(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     total = (p * p * d).sum(axis=-1, keepdims=True)
     own, least = (WIDE**2, 0.0) if at.profile.wide else (3 * ROUNDING, TINY**2)
     left = p * p * (d * np.maximum(1.0 - 2.0 * p, 0.0) + total + own) + least
-    left = np.where(allowed, left, 0.0)
+    alone = allowed.sum(axis=-1, keepdims=True) == 1  # exp(0) / exp(0): nothing is rounded
+    left = np.where(allowed & ~alone, left, 0.0)
+    rounding = np.where(alone, 0.0, variance(p, fmt))
     p = np.where(broken & allowed, np.nan, p)
     compared = np.broadcast_to(allowed.any(axis=-1, keepdims=True), p.shape) & ~(broken & ~allowed)
-    return Prediction(p, left, p, left + variance(p, fmt), fmt, certain=~allowed, compared=compared)
+    return Prediction(p, left, p, left + rounding, fmt, certain=~allowed | alone, compared=compared)
 
 
 def _silu(at: Setting, inputs: Sequence[Operand]) -> Prediction:

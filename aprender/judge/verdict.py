@@ -406,7 +406,9 @@ def _sentence(
         cost = quantization.get(last)
         weights = f"; the weights alone account for {cost:.1e}" if cost else ""
         apart = f" Running alone, the sides end {free[last].rel_l2:.1e} apart (relative L2 at {_place(last)}){weights}."
-    return f"Agree: all {len(judged)} judged stages of {subject.spelling} are right, {how}.{apart}"
+    other = sum(r.measured for r in reference.results)
+    both = f" So are {other} of the reference." if other else ""
+    return f"Agree: all {len(judged)} judged stages of {subject.spelling} are right, {how}.{both}{apart}"
 
 
 def _place(key: Key) -> str:

@@ -54,7 +54,7 @@ $(VENV)/.checked: $(VENV)/.tested $(CORE)
 test: lint pytest  ## everything
 
 pytest: $(VENV)/.checked $(PEER)/package.json
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake tests notebooks
 
 lint: $(VENV)/.checked  ## style, types, stubs
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ layers that are folded are counted and their worst row is named.  Called by the 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -140,10 +141,9 @@ def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
 
 def table_text(rows: Sequence[Row], verbose: bool = True) -> str:
     """The table as plain text, for records and notebooks."""
-    out = Console(width=WIDTH, no_color=True, highlight=False)
-    with out.capture() as captured:
-        out.print(stage_table(rows, verbose))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+    page = io.StringIO()
+    Console(file=page, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False).print(stage_table(rows, verbose))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()) + "\n"
 
 
 def _side_text(side: Mapping[str, Any]) -> str:

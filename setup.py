@@ -1,7 +1,8 @@
 """Builds ``aprender._core``.  Metadata is in pyproject.toml; this file owns only the compiler's command line.
 
 Environment switches: ``APRENDER_WERROR=1`` makes warnings errors (tests and CI; an sdist must build on tomorrow's compiler),
-``APRENDER_SANITIZE=address,undefined`` and ``APRENDER_COVERAGE=1`` instrument the extension, ``APRENDER_ONE_FILE=1`` compiles ``csrc/all.c`` alone.
+``APRENDER_SANITIZE=address,undefined`` and ``APRENDER_COVERAGE=1`` instrument the extension, ``APRENDER_ONE_FILE=1`` compiles
+``csrc/all.c`` alone.
 """
 
 import os

@@ -314,10 +314,10 @@ def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: 
     notes = []
     seen = [r for r in judged.subject.results if r.power is not None]
     if seen:
-        weakest, best = max(seen, key=lambda r: r.power or 0), min(seen, key=lambda r: r.power or 0)
+        weakest = max(seen, key=lambda r: r.power or 0)
         notes.append(
-            f"power: a relative error of {best.power:.0e} ({best.stage}) to {weakest.power:.0e} ({weakest.stage}) of a whole stage would"
-            f" have been seen on these {len(judged.tokens)} tokens; decoding, padding and long contexts were not probed"
+            f"power: on these {len(judged.tokens)} tokens a relative error of {weakest.power:.0e} of any whole stage would have been seen"
+            f" (weakest: {weakest.stage}); decoding, padding and long contexts were not probed"
         )
     if judged.unmeasured:
         names = ", ".join(dict.fromkeys(r.stage for r in judged.unmeasured))

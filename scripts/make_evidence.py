@@ -59,10 +59,8 @@ QUESTIONS = (
 
 def environment() -> dict[str, object]:
     """What the figures depend on."""
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        "unknown",
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "date": date.today().isoformat(),
         "aprender": aprender.__version__,

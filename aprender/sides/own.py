@@ -278,7 +278,7 @@ def _chunks(tokens: int, heads: int) -> Iterator[tuple[int, int]]:
 
 
 def _joined(pieces: Sequence[Mapping[Key, Array]], tokens: int) -> dict[Key, Array]:
-    """Captures of consecutive chunks as one: joined along the tokens, scores padded with 0 to the last key, caches as after the last chunk."""
+    """Captures of consecutive chunks as one: joined along the tokens, scores padded with 0 to the last key, the last chunk's caches."""
     out: dict[Key, Array] = {}
     for key in pieces[0]:
         shape = stages.by_name[key[0]].shape

@@ -85,7 +85,9 @@ def block_length(tokens: int, k: int, n: int, product: Product) -> int | None:
     if k == 1:
         return 1
     block = _in_order(tokens, k, n, product)
-    return block if block and _proved(tokens, k, n, block, product) else None
+    # all in order may also be without fused multiply-add: each product rounded by itself, which is blocks of one
+    candidates = () if block is None else (k, 1) if block == k else (block,)
+    return next((length for length in candidates if _proved(tokens, k, n, length, product)), None)
 
 
 def _lost(i: int, j: int, shape: tuple[int, int, int], product: Product) -> int:
@@ -105,7 +107,8 @@ def _in_order(tokens: int, k: int, n: int, product: Product) -> int | None:
     known, broken = 1, k  # terms 0 … known are added in order; term `broken` is not, or is past the end
     while broken - known > 1:
         middle = (known + broken) // 2
-        if _lost(0, middle, shape, product) == middle + 1:
+        # the last term of a later block looks in order by itself; the one before it does not
+        if all(_lost(0, place, shape, product) == place + 1 for place in (middle, middle - 1)):
             known = middle
         else:
             broken = middle

@@ -7,6 +7,7 @@ that the pre-tokenizer makes, so the corpus is chosen for those: digits, contrac
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import gguf
@@ -119,6 +120,7 @@ def test_same_ids_of_any_text(canary: Pair, prompt: str) -> None:
     assert canary[0].encode(prompt) == canary[1].encode(prompt)
 
 
+@pytest.mark.foreign
 @pytest.mark.parametrize("prompt", CORPUS)
 def test_the_canary_against_transformers(canary: Pair, prompt: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -126,18 +128,13 @@ def test_the_canary_against_transformers(canary: Pair, prompt: str) -> None:
     assert canary[0].encode(prompt) == canary[1].encode(prompt) == theirs(prompt)["input_ids"]
 
 
-def test_the_canary_against_llamacpp(canary: Pair) -> None:
+@pytest.mark.foreign
+def test_the_canary_against_llamacpp(canary: Pair, peer: llamacpp.Peer) -> None:
     """Texts in normal form C only: llama.cpp does not normalise, which is what the last line shows."""
-    if (reason := llamacpp.missing()) is not None:
-        pytest.skip(reason)
-    import unicodedata
-
-    with llamacpp.Peer() as peer:
-        for prompt in CORPUS:
-            theirs = peer.tokenize(CANARY / "canary.gguf", prompt)
-            if unicodedata.is_normalized("NFC", prompt):
-                assert canary[0].encode(prompt) == theirs, prompt
-        assert canary[0].encode("cafe\u0301") != peer.tokenize(CANARY / "canary.gguf", "cafe\u0301")
+    for prompt in CORPUS:
+        if unicodedata.is_normalized("NFC", prompt):
+            assert canary[0].encode(prompt) == peer.tokenize(CANARY / "canary.gguf", prompt), prompt
+    assert canary[0].encode("cafe\u0301") != peer.tokenize(CANARY / "canary.gguf", "cafe\u0301")
 
 
 @pytest.mark.parametrize("prompt", [prompt for prompt in CORPUS if prompt.isascii()])

@@ -57,17 +57,15 @@ def _parser() -> Parser:
 
 
 def _parts(options: argparse.Namespace) -> list[tuple[str, Selection]]:
-    """The patterns of the command line, each with the keys that it means; Usage if one is malformed."""
+    """The patterns of the command line, each with the keys that it means; Usage if one is malformed or names no stage of any model."""
     from aprender import stages
-    from aprender.errors import ArgumentError
+    from aprender.errors import ArgumentError, UnknownName
 
     try:
         layers = stages.parse_layers(options.layers) if options.layers is not None else None
-        if options.stages is not None:
-            stages.parse_selection(options.stages)
         words = options.stages.split(",") if options.stages is not None else []
         parts = [(word.strip(), stages.parse_selection(word)) for word in words]
-    except ArgumentError as problem:
+    except (ArgumentError, UnknownName) as problem:
         raise Usage(str(problem)) from None
     if layers is None:
         return parts
@@ -253,10 +251,11 @@ def main(argv: list[str] | None = None) -> int:
 
     import json
 
-    from aprender.captures import save
+    from aprender.captures import check_folder, save
     from aprender.sides import open_side
 
     parts = _parts(options)
+    check_folder(options.output)
     captures, words = _capture(open_side(options.model), options, parts)
     save(captures, options.output)
     said = summary(captures, options.output, words)

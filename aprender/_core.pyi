@@ -300,6 +300,13 @@ class Run:
         """
     def reset(self) -> None:
         """Forget all tokens."""
+    def _places(
+        self,
+        tokens: Sequence[int],
+        keep: Literal["all"] | Sequence[tuple[str, int | None]] | None = None,
+        feed: Mapping[tuple[str, int | None], ArrayLike] | None = None,
+    ) -> tuple[tuple[bool, bool, int, int], ...]:
+        """For tests: replay, and per step of the plan (needed, kept, place in its arena, size), counted in values."""
     def plan(self, tokens: int = 1, /) -> tuple[dict[str, Any], ...]:
         """The steps that a forward of so many tokens would take.
 

@@ -176,6 +176,17 @@ static size_t plan_take(plan_slot *list, int *n, size_t size, size_t *end) {
     return at;
 }
 
+/* Neighbours that are free become one slot, so that a deep model needs no more than a shallow one. */
+static void plan_give(plan_slot *list, int *n, plan_slot back) {
+    for (int i = 0; i < *n; ) {
+        int before = list[i].at + list[i].n == back.at, after = back.at + back.n == list[i].at;
+        if (!before && !after) { i++; continue; }
+        back = (plan_slot){ before ? list[i].at : back.at, back.n + list[i].n };
+        list[i] = list[--*n];
+    }
+    list[(*n)++] = back;
+}
+
 static size_t plan_size(const ap_step *s) { return ((size_t)s->rows * (size_t)s->cols + 15) & ~(size_t)15; }   /* 64-byte rows for the kernels */
 
 int ap_plan_place(ap_plan *p, const uint8_t *fed, const uint8_t *root, ap_err *e) {
@@ -198,7 +209,7 @@ int ap_plan_place(ap_plan *p, const uint8_t *fed, const uint8_t *root, ap_err *e
         int in[2] = { s->a, s->b != s->a ? s->b : -1 };       /* a value whose last reader this is gives its place back */
         for (int j = 0; j < 2; j++) {
             if (in[j] < 0 || last[in[j]] != i || p->s[in[j]].kept || p->s[in[j]].op == AP_OP_CACHE || fed[i]) continue;
-            list[free_n++] = (plan_slot){ p->s[in[j]].at, plan_size(&p->s[in[j]]) };
+            plan_give(list, &free_n, (plan_slot){ p->s[in[j]].at, plan_size(&p->s[in[j]]) });
         }
     }
     ap_free(last); ap_free(list);

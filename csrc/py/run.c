@@ -269,13 +269,26 @@ static PyObject *run_result(const ap_plan *p, float *keep, const ap_model *m) {
     return d;
 }
 
-static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int advance) {
+/* Where the values of a request lay, a tuple per step: needed, kept, place, size. */
+static PyObject *run_places(const ap_plan *p) {
+    PyObject *t = PyTuple_New(p->n);
+    for (int i = 0; t && i < p->n; i++) {
+        const ap_step *s = &p->s[i];
+        PyObject *row = Py_BuildValue("(NNnn)", PyBool_FromLong(s->needed), PyBool_FromLong(s->kept), (Py_ssize_t)s->at, (Py_ssize_t)s->rows * s->cols);
+        if (!row) Py_CLEAR(t); else PyTuple_SET_ITEM(t, i, row);
+    }
+    return t;
+}
+
+enum { RUN_REPLAY, RUN_FORWARD, RUN_PLACES };
+
+static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int what) {
     static char *names[] = { "tokens", "keep", "feed", NULL };
     ap_state *st = ap_state_of(Py_TYPE(self));
     PyObject *tokens, *keep = NULL, *feed = NULL, *result = NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kw, "O|OO", names, &tokens, &keep, &feed)) return NULL;
     if (run_enter(self)) return NULL;
-    run_args a = { .q = { .advance = advance } };
+    run_args a = { .q = { .advance = what == RUN_FORWARD } };
     int layers = self->r->m->h.layers;
     if (!run_read_tokens(st, tokens, &a) && !run_read_keep(st, keep, layers, &a) && !run_read_feed(st, feed, layers, &a)) {
         ap_err e = AP_ERR_INIT;
@@ -286,6 +299,7 @@ static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int advanc
         rc = ap_run_forward(self->r, &a.q, &plan, &arena, &e);
         Py_END_ALLOW_THREADS
         if (rc) ap_raise(st, &e, NULL);
+        else if (what == RUN_PLACES) { result = run_places(&plan); ap_free(arena); ap_plan_free(&plan); }
         else { result = run_result(&plan, arena, self->r->m); ap_plan_free(&plan); }
     }
     run_args_free(&a);
@@ -293,8 +307,9 @@ static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int advanc
     return result;
 }
 
-static PyObject *run_forward(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, 1); }
-static PyObject *run_replay(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, 0); }
+static PyObject *run_forward(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, RUN_FORWARD); }
+static PyObject *run_replay(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, RUN_REPLAY); }
+static PyObject *run_where(PyObject *self, PyObject *args, PyObject *kw) { return run_with((py_run *)self, args, kw, RUN_PLACES); }
 
 static PyObject *run_reset(PyObject *o, PyObject *unused) {
     py_run *self = (py_run *)o;
@@ -370,6 +385,8 @@ static PyMethodDef run_methods[] = {
       "replay($self, tokens, keep=None, feed=None)\n--\n\nLike forward, but the position stays and only what `keep` needs is run: with the inputs\nof one stage fed, exactly that stage. A fed k_cache or v_cache replaces the cache." },
     { "reset", run_reset, METH_NOARGS, "reset($self)\n--\n\nForget all tokens." },
     { "plan", run_plan, METH_VARARGS, "plan($self, tokens=1, /)\n--\n\nThe steps that a forward of so many tokens would take, with every parameter, as dicts." },
+    { "_places", (PyCFunction)(void (*)(void))run_where, METH_VARARGS | METH_KEYWORDS,
+      "_places($self, tokens, keep=None, feed=None)\n--\n\nFor tests: replay, and say where each step's value was put: (needed, kept, place, size) in values." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot run_slots[] = {

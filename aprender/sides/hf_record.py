@@ -194,7 +194,7 @@ class Recorder:
         for row in stages.STAGES:
             if row.hf in shown:
                 self.put((row.name, layer), shown[row.hf])
-            elif row.hf == "derived" and row.op == "SCORES":
+            elif row.hf == "derived" and _DERIVED[row.op] is _by_attention:
                 allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else (mask[..., : key.shape[2]] == 0).expand_as(scores)
                 proved = consumed is not None and same_bits(scores[allowed], consumed[allowed])
                 self.put((row.name, layer), scores.masked_fill(~allowed, 0)[0], CAPTURED if proved else DERIVED)
@@ -248,7 +248,7 @@ def _rope(recorder: Recorder, key: Key, site: Site) -> None:
     recorder.after(site.where[0], table)
 
 
-def _nothing(_recorder: Recorder, _key: Key, _site: Site) -> None:
+def _by_attention(_recorder: Recorder, _key: Key, _site: Site) -> None:
     """Shown by the attention function, which is on for all layers."""
 
 
@@ -263,6 +263,6 @@ def _products(recorder: Recorder, key: Key, _site: Site) -> None:
 
 
 _HOOKS: Mapping[str, Callable[[Recorder, Key, Site], None]] = {
-    "out": _out, "pre": _pre, "cat": _cat, "rope": _rope, "arg": _nothing, "ret": _nothing,
+    "out": _out, "pre": _pre, "cat": _cat, "rope": _rope, "arg": _by_attention, "ret": _by_attention,
 }  # fmt: skip
-_DERIVED: Mapping[str, Callable[[Recorder, Key, Site], None]] = {"MATMUL": _products, "SCORES": _nothing}
+_DERIVED: Mapping[str, Callable[[Recorder, Key, Site], None]] = {"MATMUL": _products, "SCORES": _by_attention}

@@ -6,6 +6,7 @@ it loads nothing.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 120
 """Columns where the output is not a terminal."""
@@ -28,7 +30,7 @@ def table(columns: str, rows: Iterable[Sequence[object]], last: Sequence[object]
     Parameters
     ----------
     columns : str
-        Names separated by two spaces; ``>`` before one that is aligned to the right.
+        Names separated by two spaces; ``>`` before one that is aligned to the right, ``=`` before one on the left that is never folded.
     rows : iterable of sequences
         Cells; anything but a rich Text is shown as ``str``.
     last : sequence, optional
@@ -40,7 +42,7 @@ def table(columns: str, rows: Iterable[Sequence[object]], last: Sequence[object]
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in columns.split("  "):
         right = name.startswith(">")
-        made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+        made.add_column(name.lstrip(">="), justify="right" if right else "left", overflow="fold", no_wrap=right or name.startswith("="))
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row))
     if last is not None:
@@ -81,6 +83,18 @@ def show(*parts: RenderableType, width: int = WIDTH) -> None:
     with plain.capture() as captured:
         plain.print(*parts, sep="\n")
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def narrow() -> bool:
+    """Whether a terminal watches that has fewer columns than a pipe would get."""
+    return sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDTH
+
+
+def bar(share: float, length: int = 20) -> Text:
+    """A bar for a share 0..1; cut where there is no room, never folded."""
+    from rich.text import Text
+
+    return Text("█" * round(length * share) or "▏", no_wrap=True, overflow="crop")
 
 
 def number(value: float) -> str:

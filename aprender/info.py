@@ -336,12 +336,21 @@ def _formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = []
     for row in rows:
         bits = "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.5g}"
-        bar = "█" * round(30 * row["share"]) or "▏"
-        cells.append((row["format"], f"{row['tensors']:,}", f"{row['values']:,}", f"{row['bytes']:,}", bits, f"{row['share']:.1%}", bar))
+        cells.append(
+            (
+                row["format"],
+                f"{row['tensors']:,}",
+                f"{row['values']:,}",
+                f"{row['bytes']:,}",
+                bits,
+                f"{row['share']:.1%}",
+                _show.bar(row["share"]),
+            )
+        )
     values, size = sum(row["values"] for row in rows), sum(row["bytes"] for row in rows)
     whole = f"{8 * size / values:.5g}" if values else "–"
     total = ("all", f"{sum(row['tensors'] for row in rows):,}", f"{values:,}", f"{size:,}", whole, "", "")
-    return _show.table("format  >tensors  >weights  >bytes  >bits per weight  >share of weights  ", cells, total)
+    return _show.table("=format  >tensors  >weights  >bytes  >bits each  >share  ", cells, total)
 
 
 def _folded_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
@@ -375,19 +384,20 @@ _OWN = ("stage", "layer", "op", "rows", "cols", "k", "weights", "a", "b")
 
 
 def _plan_parts(steps: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """The plan: what all steps share on one line, then a line for each step."""
+    """The plan: what all steps share on one line, then a line for each step, which reads others by number (and name if there is room)."""
+    narrow = _show.narrow()
     fields = [field for field in steps[0] if field not in _OWN]
     common = {field: steps[0][field] for field in fields if all(step[field] == steps[0][field] for step in steps)}
     cells = []
     for place, step in enumerate(steps):
-        reads = " + ".join(f"{at} {steps[at]['stage']}" for at in (step["a"], step["b"]) if at >= 0)
+        reads = " + ".join(str(at) if narrow else f"{at} {steps[at]['stage']}" for at in (step["a"], step["b"]) if at >= 0)
         own = [f"{field} {_show.number(step[field])}" for field in fields if field not in common]
         layer = "–" if step["layer"] is None else str(step["layer"])
         shape = f"{step['rows']}×{step['cols']}"
         cells.append((place, layer, step["stage"], step["op"], shape, step["k"] or "", reads, ", ".join([*_weights_of(step), *own])))
     yield _show.heading(f"Plan: {len(steps)} steps for one token at position 0")
     yield _show.facts([("all steps", ", ".join(f"{field} {_show.number(value)}" for field, value in common.items()))])
-    yield _show.table(">step  >layer  stage  operation  shape  >k  reads step  weights", cells)
+    yield _show.table(">step  >layer  =stage  =operation  =shape  >k  reads step  weights", cells)
 
 
 def _weights_of(step: Mapping[str, Any]) -> list[str]:

@@ -639,6 +639,14 @@ def test_info_plan_shows_a_parameter_that_differs(capsys: pytest.CaptureFixture[
     assert [row.split()[-2:] for row in rows] == [["window", "0"], ["window", "7"]]
 
 
+def test_info_plan_on_a_narrow_terminal_reads_by_number(call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_show, "narrow", lambda: True)
+    plan = call(info, GGUF, "--plan")[1].partition("Plan: ")[2]
+    assert re.search(r"5 +0 +q_post_rope +ROPE +1×256 +4 \+ 1\n", plan)  # after qkv_bias, step 4, with the table, step 1
+    monkeypatch.setattr(_show, "narrow", lambda: False)
+    assert "4 qkv_bias + 1 rope_table\n" in call(info, GGUF, "--plan")[1]
+
+
 def test_info_describes_what_does_not_bind(call: Callable[..., tuple[int, str, str]], files: Path) -> None:
     code, out, err = call(info, files / "unbound.gguf")
     assert code == 3

@@ -35,13 +35,28 @@ def _parser() -> Parser:
         EXAMPLES,
     )
     add = parser.add_argument
-    add("subject", nargs="?", metavar="SIDE", help="side to judge: model.gguf, folder/, hf:NAME[@dtype], saved:folder (default: the embedded model)")
-    add("--against", metavar="SIDE", help="reference: any side, or witness[:MODEL] (default: stages recorded beside the model, else the witness)")
+    add(
+        "subject",
+        nargs="?",
+        metavar="SIDE",
+        help="side to judge: model.gguf, folder/, hf:NAME[@dtype], saved:folder (default: the embedded model)",
+    )
+    add(
+        "--against",
+        metavar="SIDE",
+        help="reference: any side, or witness[:MODEL] (default: stages recorded beside the model, else the witness)",
+    )
     add("--prompt", metavar="TEXT", help="raw text, special tokens as the tokenizer declares (default: 'What is 2+2?')")
     add("--prompt-ids", metavar="1,2,3", help="token ids instead of a text")
     add("--prompts", metavar="FILE", help="judge every line of a file")
     add("--same-ids", action="store_true", help="go on with the reference's token ids where the sides cut the text differently")
-    add("--steps", type=int, default=0, metavar="N", help="generate N tokens, the reference's drive both, and judge the first step that differs")
+    add(
+        "--steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="generate N tokens, the reference's drive both, and judge the first step that differs",
+    )
     add("--plant", metavar="NAME[@SELECTOR]", help="plant a catalogue fault in our own engine first: transposed@lm_head, eps@0.attn_norm")
     add("--list-faults", action="store_true", help="print the catalogue and stop")
     add("--arithmetic", metavar="[subject=]NAME[,reference=NAME]", help="judge a side under another declared arithmetic")
@@ -120,13 +135,17 @@ def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
         first = next((r for r in reports if r.verdict != "agree"), reports[0])
         data = first.to_json()
         if args.prompts is not None:
-            data["prompts"] = [{"prompt": r.prompt, "verdict": r.verdict, "first": r.to_json()["first"], "compared": r.judged.compared} for r in reports]
+            data["prompts"] = [
+                {"prompt": r.prompt, "verdict": r.verdict, "first": r.to_json()["first"], "compared": r.judged.compared} for r in reports
+            ]
         print(json.dumps(data, ensure_ascii=False, allow_nan=False))
         return
     for report in reports:
         if args.jsonl:
             for row in report.to_json()["stages"]:
-                print(json.dumps(row | ({"prompt": report.prompt} if args.prompts is not None else {}), ensure_ascii=False, allow_nan=False))
+                print(
+                    json.dumps(row | ({"prompt": report.prompt} if args.prompts is not None else {}), ensure_ascii=False, allow_nan=False)
+                )
         elif args.quiet or (args.prompts is not None and not args.verbose and report.verdict == "agree"):
             print(f"{report.prompt!r}: {report.sentence}" if args.prompts is not None else report.sentence)
         else:

@@ -124,6 +124,10 @@ class Unmeasured(Exception):
     """Why a stage cannot be judged."""
 
 
+class Unlike(Exception):
+    """Why a captured value is not the stage that it is called."""
+
+
 class Replay:
     """One side's captures, ready to be replayed stage by stage.
 
@@ -158,9 +162,18 @@ class Replay:
             raise Unmeasured("the side did not show it")
         if key in self.sample.derived:
             raise Unmeasured("recomputed from the side's own input, not captured: judged together with the next captured stage")
-        value = np.asarray(self.sample.values[key], np.float64)
+        value = self._value(key)
         fresh = stages.stage(key[0]).shape[0] == "J" and value.shape[0] > len(self.sample.tokens)
         return value[-len(self.sample.tokens) :] if fresh else value
+
+    def _value(self, key: Key) -> Float:
+        """A captured array in float64, if it has the shape that the model gives the stage."""
+        value = np.asarray(self.sample.values[key], np.float64)
+        tokens = 1 if key in self.sample.last else len(self.sample.tokens)
+        due = stages.stage(key[0]).dims(self.hparams, tokens, len(self.sample.keys))
+        if value.shape != due:
+            raise Unlike(f"{stages.spell(key)} has shape {list(value.shape)}, the model gives it {list(due)}")
+        return value
 
     def predict(self, key: Key, last: bool = False, captured: Float | None = None) -> tuple[Prediction, tuple[Key, ...]]:
         """What the side should have captured, and the stages that the estimate spans besides its own.
@@ -177,6 +190,8 @@ class Replay:
         ------
         Unmeasured
             An input or a weight is missing.
+        Unlike
+            An input has another shape than the model gives it.
         """
         row = stages.stage(key[0])
         spans: list[Key] = []
@@ -207,7 +222,7 @@ class Replay:
         columns = self._columns[source.part] if source.part else slice(None)
         known = key in self.sample.values and key not in self.sample.derived and (last or key not in self.sample.last)
         if known:
-            value = np.asarray(self.sample.values[key], np.float64)
+            value = self._value(key)
             return Operand(self._cut(value, row, last and key not in self.sample.last)[..., columns])
         if row.shape[0] == "J" and len(self.sample.keys) > len(self.sample.tokens):
             raise Unmeasured(f"{stages.spell(key)} was not captured, and it holds tokens from before this run")

@@ -22,7 +22,7 @@ from aprender.captures import Captures
 from aprender.errors import NotComparable
 from aprender.judge.measure import Group, Measure, group_count, measure
 from aprender.judge.metrics import Distance
-from aprender.judge.replay import Replay, Unmeasured, ancestors
+from aprender.judge.replay import Replay, Unlike, Unmeasured, ancestors
 from aprender.judge.rule import Gates, Rule
 from aprender.judge.witness import ModelData
 from aprender.stages import Key
@@ -136,12 +136,11 @@ def _judge(replay: Replay, key: Key, gates: Gates, band: float) -> StageResult:
         captured = replay.captured(key)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # an overflow is a value here, and is judged as one
             made, spans = replay.predict(key, key in replay.sample.last, captured)
-            if made.pre.shape != captured.shape:
-                shapes = f"shape {list(captured.shape)}, the model makes {list(made.pre.shape)}"
-                return StageResult(*key, NOT_COMPARABLE, shapes)
             found = measure(captured, made, gates, band)
     except Unmeasured as reason:
         return StageResult(*key, UNMEASURED, str(reason))
+    except Unlike as reason:
+        return StageResult(*key, NOT_COMPARABLE, str(reason))
     if found.n == 0 and not found.reasons:
         return StageResult(*key, UNMEASURED, "no element is finite and allowed by the mask", overflowed=found.overflowed)
     return _result(key, found, spans, gates)

@@ -35,7 +35,7 @@ def sizes(shape: tiny.Shape, tokens: int, position: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES, ids=str)
@@ -114,7 +114,7 @@ def test_impossible_token_counts(tokens: int, tiny_model: Maker) -> None:
     assert caught.value.code == "LIMIT"
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------------------------
+# ---- places ----------------------------------------------------------------------------------------------------------
 
 Place = tuple[bool, bool, int, int]
 
@@ -203,7 +203,7 @@ def test_scratch_does_not_grow_with_depth(tiny_model: Maker) -> None:
     assert high[0] == high[1]
 
 
-# ---- edits -----------------------------------------------------------------------------------------------------------------------------
+# ---- edits -----------------------------------------------------------------------------------------------------------
 
 
 def edited(model: _core.Model, *edits: tuple[str, int | None, str, float]) -> _core.Run:
@@ -213,7 +213,7 @@ def edited(model: _core.Model, *edits: tuple[str, int | None, str, float]) -> _c
 @pytest.mark.parametrize(
     ("edit", "kind"),
     [
-        (("attn_norm", 0, "pos", 1), ArgumentError), (("attn_norm", 0, "keys", 1), ArgumentError), 
+        (("attn_norm", 0, "pos", 1), ArgumentError), (("attn_norm", 0, "keys", 1), ArgumentError),
         (("q_post_rope", 0, "head", 2), ArgumentError),
         (("attn_scores", 0, "heads", 2), ArgumentError), (("attn_scores", 0, "kv_div", 0), ArgumentError),
         (("attn_scores", 0, "kv_div", -1), ArgumentError), (("attn_scores", 0, "kv_mod", 0), ArgumentError),

@@ -6,6 +6,7 @@ neither our engine nor the witness is needed.  Where a value must equal the mode
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -510,8 +511,30 @@ def test_offline_is_one_clear_line() -> None:
     """
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.startswith("org/no-such-model: no model of that name can be reached")
+    assert done.stdout.startswith("org/no-such-model: no folder here, and no model of that name can be reached")
     assert done.stdout.count("\n") == 1
+
+
+def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path: Path) -> None:
+    """The canary, laid out as the hub's cache lays out org/canary: found by name without network, with its tokenizer and digest."""
+    snapshot = tmp_path / "models--org--canary" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for path in Path(CANARY).glob("*.*"):
+        if path.suffix in (".json", ".safetensors"):
+            (snapshot / path.name).symlink_to(path)
+    (tmp_path / "models--org--canary" / "refs").mkdir()
+    (tmp_path / "models--org--canary" / "refs" / "main").write_text("0" * 40)
+    code = """if True:
+        from aprender.sides import open_side
+        side = open_side('hf:org/canary')
+        said = side.capture(side.tokenizer().encode('What is 2+2?')).manifest
+        print(said.side, said.model_digest, side.tokenizer().decode(side.generate(said.tokens, 16)))
+    """
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True, timeout=120)
+    digest = hashlib.sha256((Path(CANARY) / "model.safetensors").read_bytes()).hexdigest()
+    assert done.stdout == f"hf:org/canary@float16 {digest}  2+2 is 4.\n"
+    assert done.stderr == ""
 
 
 # ---- the spelling ------------------------------------------------------------------------------

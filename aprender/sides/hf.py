@@ -12,10 +12,15 @@ import contextlib
 import functools
 import hashlib
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -79,10 +84,11 @@ class HFSide:
         self.dtype = dtype
         self.spelling = spelling or f"hf:{name}@{dtype}"
         self.profile = arithmetic.profile(PROFILES[dtype])
-        self.config = _load_config(name)
+        self.offline = _offline(name)
+        self.config = _load_config(name, self.offline)
         self.arch, self.flags = _described(self.config, name)
         self.hparams = _hparams(self.config)
-        self.model = _load_model(name, self.config, dtype)
+        self.model = _load_model(name, self.config, dtype, self.offline)
         self._names = _bound(self.model, self.flags, int(self.hparams["layers"]), name)
 
     # -- the forward pass --
@@ -196,7 +202,7 @@ class HFSide:
     @functools.cached_property
     def digest(self) -> str | None:
         """SHA-256 of model.safetensors, hexadecimal (what ``sha256sum`` prints); None for a model in several files."""
-        path = _file(self.name, "model.safetensors")
+        path = _file(self.name, "model.safetensors", self.offline)
         if path is None:
             return None
         with open(path, "rb") as stream:
@@ -204,9 +210,9 @@ class HFSide:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer | None:
-        path = _file(self.name, "tokenizer.json")
+        path = _file(self.name, "tokenizer.json", self.offline)
         for name in ("generation_config.json", "tokenizer_config.json") if path else ():
-            _file(self.name, name)  # a model of the hub: fetched beside it, for the ids that end a text
+            _file(self.name, name, self.offline)  # a model of the hub: fetched beside it, for the ids that end a text
         return from_json(path) if path else None
 
     def tokenizer(self) -> Tokenizer | None:
@@ -290,9 +296,10 @@ class HeldWeights(Mapping[Key, Array]):
 @contextlib.contextmanager
 def _foreign(name: str, what: str) -> Iterator[None]:
     """Turn whatever transformers and the hub raise into one line; silence their bars and warnings meanwhile."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, hub = logging.get_verbosity(), logging.is_progress_bar_enabled(), huggingface_hub.logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(ERROR)
     try:
         yield
     except Error:
@@ -302,21 +309,36 @@ def _foreign(name: str, what: str) -> Iterator[None]:
         raise CannotRun(f"{name}: {what}: {lines[0] if lines else type(error).__name__}", code="LOAD", path=name) from error
     finally:
         logging.set_verbosity(level)
+        huggingface_hub.logging.set_verbosity(hub)
         if bars:
             logging.enable_progress_bar()
 
 
-def _file(name: str, file: str) -> Path | None:
+def _offline(name: str) -> bool:
+    """Whether only what is on this machine can be had: a folder, or the hub's host has no address (asking would take half a minute)."""
+    if Path(name).is_dir():
+        return True
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
+def _file(name: str, file: str, offline: bool) -> Path | None:
     """A file of a model, local or of the hub; None if the model has none of that name."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
     with _foreign(name, "cannot be fetched"):
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(name, file, local_files_only=offline, **quiet)
     return Path(found) if found else None
 
 
-def _load_config(name: str) -> Any:
+def _load_config(name: str, offline: bool) -> Any:
     """The configuration; CannotRun where there is no such model."""
     where = Path(name)
     like_a_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
@@ -326,8 +348,8 @@ def _load_config(name: str) -> Any:
         raise CannotRun(f"{name}: is a file; a folder or a name on the hub is needed", code="PATH", path=name)
     if like_a_path and not where.exists():
         raise CannotRun(f"{name}: there is no such folder", code="PATH", path=name)
-    with _foreign(name, "no model of that name can be reached"):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with _foreign(name, "no folder here, and no model of that name can be reached" if not where.is_dir() else "cannot be read"):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
 
 
 def _described(config: Any, name: str) -> tuple[str, frozenset[str]]:
@@ -359,12 +381,12 @@ def _hparams(config: Any) -> dict[str, int | float]:
     return found
 
 
-def _load_model(name: str, config: Any, dtype: str) -> Any:
+def _load_model(name: str, config: Any, dtype: str, offline: bool) -> Any:
     """The model in a dtype, on the CPU, with every parameter from the checkpoint and no tensor of the checkpoint left over."""
     with _foreign(name, "cannot be loaded"):
         model, said = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
+            local_files_only=offline, output_loading_info=True,
         )  # fmt: skip
     for kind, code, word in (
         ("missing_keys", "MISSING", "are missing from"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import sys
 import textwrap
@@ -72,6 +73,8 @@ def command(main: Main) -> Main:
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not look like a failure
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -100,6 +103,8 @@ def describe(problem: BaseException) -> str:
     """One line for an exception: our own as they are, foreign ones with their class."""
     from aprender.errors import Error
 
+    if isinstance(problem, ImportError) and "_core" in str(problem):
+        return f"the extension aprender._core cannot be loaded ({one_line(problem)}): build it with `make build` or reinstall aprender"
     if isinstance(problem, Error):
         return one_line(problem)
     if isinstance(problem, OSError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aprender._command import Parser, say
+from aprender._command import Parser, Usage, say
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +23,17 @@ CANARY = "\"$(python -c 'import aprender; print(aprender.canary())')\""
 SIDE_HELP = "GGUF file, or folder with model.safetensors and config.json; cpu: or cuda: before it; or hf:NAME[@dtype]"
 
 
+def parse_ids(text: str) -> tuple[int, ...]:
+    """Token ids of ``1,2,3``; :class:`Usage` if it is anything else."""
+    try:
+        ids = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise Usage(f"--prompt-ids {text!r} is not a list of integers such as 1,2,3") from None
+    if any(i < 0 for i in ids):
+        raise Usage(f"--prompt-ids {text!r}: an id cannot be negative")
+    return ids
+
+
 def add_prompt(parser: Parser) -> None:
     """Add the two options, one of which must be given."""
     group = parser.add_mutually_exclusive_group(required=True)
@@ -32,8 +43,6 @@ def add_prompt(parser: Parser) -> None:
 
 def check_prompt(options: argparse.Namespace) -> None:
     """Complain about ids that are none before anything is loaded; raises Usage."""
-    from aprender.bisect import parse_ids
-
     if options.prompt_ids is not None:
         parse_ids(options.prompt_ids)
 
@@ -50,7 +59,6 @@ def prompt_ids(side: Side, options: argparse.Namespace) -> tuple[int, ...]:
     ArgumentError
         No token at all.
     """
-    from aprender.bisect import parse_ids
     from aprender.errors import ArgumentError, CannotRun
 
     if options.prompt_ids is not None:

@@ -51,6 +51,10 @@ F16 = Format("f16", 11, -13, (2.0 - 2.0**-11) * 2.0**15)
 BF16 = Format("bf16", 8, -125, (2.0 - 2.0**-8) * 2.0**127)
 
 
+DTYPES = ("float16", "bfloat16", "float32")
+"""Number formats that a Hugging Face model can be run in; the first is the default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """How the products of a dot product of length K are added, in float32 with fused multiply-add.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aprender._command import CANNOT, Parser, Usage, command, say
+from aprender._prompt import parse_ids
 
 if TYPE_CHECKING:
     import argparse
@@ -68,17 +69,6 @@ def _parser() -> Parser:
     form.add_argument("-v", "--verbose", action="store_true", help="every layer of the table")
     add("--git-bisect", action="store_true", help="exit codes for git bisect run: 3 becomes 125, 2 becomes 128")
     return parser
-
-
-def parse_ids(text: str) -> tuple[int, ...]:
-    """Token ids of ``1,2,3``; :class:`Usage` if it is anything else."""
-    try:
-        ids = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise Usage(f"--prompt-ids {text!r} is not a list of integers such as 1,2,3") from None
-    if any(i < 0 for i in ids):
-        raise Usage(f"--prompt-ids {text!r}: an id cannot be negative")
-    return ids
 
 
 def parse_profiles(text: str | None) -> dict[str, str]:
@@ -177,10 +167,14 @@ def _run(words: list[str]) -> int:
         raise Usage("--steps and --answer need a number that is not negative")
 
     from aprender import bisection
+    from aprender.errors import UnknownName
 
     asks = _questions(args)
     answer = args.answer if args.answer is not None else 0 if args.jsonl or args.quiet else bisection.ANSWER
-    opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles)
+    try:
+        opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles)
+    except UnknownName as problem:  # a name that no side has to be opened for is the command line's fault
+        raise Usage(str(problem)) from None
     reports = []
     for ask in asks:
         report = bisection.hunt(opened, ask, answer, args.steps)

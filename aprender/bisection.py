@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import aprender
-from aprender import arithmetic, sides
+from aprender import arithmetic, sides, stages
 from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
 from aprender.judge import faults, metrics, witness
@@ -195,6 +195,8 @@ def open_hunt(
     profiles : mapping, optional
         ``subject`` or ``reference`` to an arithmetic that replaces the declared one.
     """
+    for name in (profiles or {}).values():
+        arithmetic.profile(name)  # a wrong name is said before anything is opened
     right: Any = None
     if plant is not None:
         right = _open(subject, None)
@@ -363,7 +365,7 @@ def _differing_step(subject: Any, reference: Any, ids: Sequence[int], steps: int
     full = (*ids, *driven)
     if not driven:
         return tuple(ids), "steps: the reference ends at once"
-    last = subject.capture(full, lambda key: key[0] == "lm_head")["lm_head", None]
+    last = subject.capture(full, lambda key: key == stages.LOGITS)[stages.LOGITS]
     chosen = [int(np.argmax(row)) for row in last[len(ids) - 1 : -1]]
     for step, (mine, theirs) in enumerate(zip(chosen, driven, strict=True)):
         if mine != theirs:

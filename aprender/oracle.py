@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aprender import _show
 from aprender._command import AGREE, DIVERGENCE, Parser, Usage, command, say
-from aprender.sides import DTYPES
+from aprender.arithmetic import DTYPES
 
 if TYPE_CHECKING:
     import argparse
@@ -190,7 +190,7 @@ def _summary(manifest: Manifest, folder: str) -> list[tuple[str, object]]:
 def _choices(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of :func:`record`, checked as far as they can be without a model."""
     from aprender import stages
-    from aprender.bisect import parse_ids
+    from aprender._prompt import parse_ids
     from aprender.errors import ArgumentError, UnknownName
 
     if args.prompt is not None and args.prompt_ids is not None:

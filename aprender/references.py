@@ -70,7 +70,7 @@ class WitnessSide:
         tokenizer = self.tokenizer()
         stop = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
         while len(out) < n:
-            token = int(np.argmax(witness.forward(self.model, [*ids, *out])["lm_head", None][-1]))
+            token = int(np.argmax(witness.forward(self.model, [*ids, *out])[stages.LOGITS][-1]))
             if token in stop:
                 break
             out.append(token)

@@ -112,6 +112,9 @@ STAGES: tuple[Stage, ...] = tuple(_from_row(tuple(row)) for row in _core.STAGES)
 by_name: Mapping[str, Stage] = {row.name: row for row in STAGES}
 _order: Mapping[str, int] = {row.name: i for i, row in enumerate(STAGES)}
 
+LOGITS: Key = (STAGES[-1].name, None)
+"""The last row: what text is made from."""
+
 # What other tools call the value that leaves a layer is the last row of the layer, whatever that row is.
 ALIASES: Mapping[str, str] = {"layer_output": [row.name for row in STAGES if row.per_layer][-1]}
 

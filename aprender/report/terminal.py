@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-WIDTH = 110
+WIDTH = 120
 """Columns where the output is not a terminal."""
 
 STYLES: Mapping[str, str] = {

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aprender.arithmetic import DTYPES
 from aprender.errors import CannotRun, UnknownName
 from aprender.stages import suggest
 
 if TYPE_CHECKING:
     from aprender.sides.base import Side
-
-DTYPES = ("float16", "bfloat16", "float32")  # the first is the default
 
 
 def _own(backend: str) -> Callable[[str, str], Side]:

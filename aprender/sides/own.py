@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures, Manifest, TensorNote
-from aprender.errors import ArgumentError, DeviceError
-from aprender.stages import Key
+from aprender.errors import ArgumentError, DeviceError, FormatError
+from aprender.stages import LOGITS, Key
 from aprender.text import Tokenizer, for_model
 
 Array = NDArray[np.float32]
@@ -70,12 +70,11 @@ TRANSFORMS: Mapping[str, Callable[[Array], Array]] = {
 def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, int | None, str, float]]:
     """Edits of step fields as the core takes them; a factor multiplies the value that the plan holds."""
     out = []
-    for edit in edits:
-        if edit["target"] != "step":
-            continue
-        for step in plan:
-            if step["stage"] != edit["stage"] or edit.get("layer") not in (None, step["layer"]):
-                continue
+    for edit in (edit for edit in edits if edit["target"] == "step"):
+        hit = [step for step in plan if step["stage"] == edit["stage"] and edit.get("layer") in (None, step["layer"])]
+        if not hit:
+            raise ArgumentError(f"the edit of {edit['stage']} in layer {edit.get('layer')} fits no step of this model", code="ARGUMENT")
+        for step in hit:
             value = edit["value"] if "value" in edit else step[edit["field"]] * edit["factor"]
             out.append((step["stage"], step["layer"], edit["field"], float(value)))
     return out
@@ -84,12 +83,12 @@ def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> lis
 def _weight_edits(edits: Sequence[Edit], weights: Weights) -> dict[Key, Array]:
     """Edits of weights as arrays to put in their places."""
     out: dict[Key, Array] = {}
-    for edit in edits:
-        if edit["target"] != "weight":
-            continue
-        for key in weights:
-            if key[0] == edit["weight"] and edit.get("layer") in (None, key[1]):
-                out[key] = TRANSFORMS[edit["transform"]](out.get(key, weights[key]))
+    for edit in (edit for edit in edits if edit["target"] == "weight"):
+        keys = [key for key in weights if key[0] == edit["weight"] and edit.get("layer") in (None, key[1])]
+        if not keys:
+            raise ArgumentError(f"the edit of {edit['weight']} in layer {edit.get('layer')} fits no weight of this model", code="ARGUMENT")
+        for key in keys:
+            out[key] = TRANSFORMS[edit["transform"]](out.get(key, weights[key]))
     return out
 
 
@@ -181,8 +180,8 @@ class OwnSide:
         """
         wanted = [key for key in stages.keys(self.model.flags, int(self.model.hparams["layers"])) if keep is None or keep(key)]
         arrays, tier = self._traced(ids, wanted, progress)
-        last = ("lm_head", None)
-        attested = bool(np.array_equal(arrays[last], self.logits(ids), equal_nan=True)) if last in arrays else None
+        last = arrays.get(LOGITS)
+        attested = None if last is None else bool(np.array_equal(last, self.logits(ids), equal_nan=True))
         return Captures(arrays, self._manifest(ids, tier, attested, arrays))
 
     def _traced(self, ids: Sequence[int], wanted: Sequence[Key], progress: Callable[[float], None] | None) -> tuple[dict[Key, Array], str]:
@@ -219,10 +218,7 @@ class OwnSide:
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
         run = self.run()
-        parts = [
-            run.forward(ids[first:last], [("lm_head", None)])["lm_head", None]
-            for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))
-        ]
+        parts = [run.forward(ids[first:last], [LOGITS])[LOGITS] for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:
@@ -235,12 +231,13 @@ class OwnSide:
         on_token : callable, optional
             Called with each token as it comes.
         """
-        tokenizer = self.tokenizer()
-        stop = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        if not ids:
+            raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
+        stop = self._stop()
         run = self.run()
         last: Array | None = None
         for first, end in _chunks(len(ids), int(self.model.hparams["heads"])):
-            last = run.forward(ids[first:end], [("lm_head", None)])["lm_head", None]
+            last = run.forward(ids[first:end], [LOGITS])[LOGITS]
         out: list[int] = []
         while last is not None and len(out) < n:
             token = int(np.argmax(last[-1]))
@@ -250,8 +247,16 @@ class OwnSide:
             if on_token:
                 on_token(token)
             if len(out) < n:
-                last = run.forward([token], [("lm_head", None)])["lm_head", None]
+                last = run.forward([token], [LOGITS])[LOGITS]
         return out
+
+    def _stop(self) -> frozenset[int]:
+        """Ids that end a text; none where the tokenizer is missing or cannot be read, for ids alone need none."""
+        try:
+            tokenizer = self.tokenizer()
+        except FormatError:
+            return frozenset()
+        return frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
 
     def close(self) -> None:
         """Nothing to release early: arrays may still be in use."""

@@ -46,7 +46,8 @@ class Question:
 QUESTIONS = (
     Question(
         "default-run",
-        "Does our engine, on the 4-bit embedded model, differ from the recorded Hugging Face FP16 stages by more than what quantisation and the"
+        "Does our engine, on the 4-bit embedded model, differ from the recorded Hugging Face FP16 stages by more than"
+        " what quantisation and the"
         " declared roundings of both sides explain?",
     ),
     Question(

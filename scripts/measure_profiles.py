@@ -112,12 +112,15 @@ def main() -> None:
     (folder / "stages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "environment.json").write_text(json.dumps(environment() | {"threads": os.environ.get("OMP_NUM_THREADS")}, indent=2) + "\n")
     head = (
-        "# profiles\n\nWhat does a clean side leave under each arithmetic profile, and how small an error is caught there? The embedded model"
+        "# profiles\n\nWhat does a clean side leave under each arithmetic profile, and how small an error is caught"
+        " there? The embedded model"
         " on"
         f" {json.dumps(TEXT)}; stages of layer {LAYER} and of the whole model.\n\n```\n$ python scripts/measure_profiles.py\n```\n\n"
         "*Caught* is the smallest relative error, on a grid of half decades, of the value before its last rounding that is called wrong:"
-        " in the whole stage, or in one token's row. 1e-12 is the least that was tried: where the recipe is one rounding of a sum or product"
-        " of short numbers, many exact results lie just between two neighbours, and the smallest push decides. An rms z of – means that nothing is"
+        " in the whole stage, or in one token's row. 1e-12 is the least that was tried: where the recipe is one"
+        " rounding of a sum or product"
+        " of short numbers, many exact results lie just between two neighbours, and the smallest push decides. An rms"
+        " z of – means that nothing is"
         " rounded there (copies).\n"
     )
     (folder / "README.md").write_text(head + table(rows))

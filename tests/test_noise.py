@@ -228,6 +228,16 @@ def test_products_of_zero_round_nothing():
     assert np.allclose(sums.exact(padded, every), sums.exact(short, every), rtol=1e-12)
 
 
+def test_wide_weights_are_taken_a_few_columns_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    x, w = operands(0.3)
+    whole, narrow = sums.Dot(x, w, Order()), sums.Dot(x, w.astype(np.float32), Order())
+    value, estimated, spread = whole.value(), sums.estimate(whole), whole.spread(x * x)
+    monkeypatch.setattr(sums, "WIDENED", 512 * 7)
+    assert np.allclose(narrow.value(), value, rtol=1e-12, atol=1e-12)
+    assert np.allclose(sums.estimate(narrow), estimated, rtol=1e-9)
+    assert np.allclose(narrow.spread(x * x), spread, rtol=1e-12)
+
+
 # ---- profiles ----------------------------------------------------------------------------------
 
 

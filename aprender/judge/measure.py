@@ -1,7 +1,7 @@
 """One stage measured: how far the captured value is from its prediction, in what a correct engine leaves.
 
 Owns the statistics (I, z, groups, row factors, bits, non-finite values), the two-stage test, and the power.  Refuses to know which stage it
-is.  Called by ``judge.verdict`` with a captured array, its :class:`~aprender.judge.noise.Prediction` and the run's gates.
+is.  Called by ``judge.verdict`` with a captured array, its :class:`~aprender.judge.prediction.Prediction` and the run's gates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprender.judge import sums
-from aprender.judge.noise import Prediction
+from aprender.judge.prediction import Prediction
 from aprender.judge.rounding import CERTAIN, Float, interval, to_format, ulp
 from aprender.judge.rule import SUSPICION, Gates
 from aprender.judge.witness import Mask

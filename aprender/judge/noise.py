@@ -1,6 +1,6 @@
-"""What rounding may leave of each operation: a :class:`Prediction` per stage from its inputs, its weights and the side's profile.
+"""What rounding may leave of each operation, from its inputs, its weights and the side's profile.
 
-Owns the recipes.  Each function replays one operation in float64 with every declared deterministic rounding emulated (``pre``), says what
+Owns the recipes.  Each function makes a :class:`~aprender.judge.prediction.Prediction`: it replays one operation in float64 with every declared deterministic rounding emulated (``pre``), says what
 the replay cannot know (``sigma2``: order of addition, exp, reciprocal square root), and what a captured value may differ by if nothing is
 emulated (``variance``).  No fitted constant: a count of roundings is multiplied by the variance of one.  Refuses to decide (``judge.rule``)
 and to look up which input belongs to which stage (``judge.replay``).  Called by ``judge.replay``.
@@ -13,17 +13,16 @@ both products of RoPE, the scores before their scale).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from aprender.arithmetic import F32, Format, Profile
+from aprender.arithmetic import F32
 from aprender.judge import sums, witness
+from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.rounding import MEAN_ROUNDING as ROUNDING
 from aprender.judge.rounding import U, interval, product_grid, settle, sum_grid, to_format, ulp, variance
-from aprender.judge.sums import Dot, Index
-from aprender.judge.witness import Float, HParams, Mask
+from aprender.judge.sums import Dot
+from aprender.judge.witness import Float
 
 EXP = 2 * ROUNDING
 """Relative variance of a float32 exponential that is good to 1 ulp: its own rounding and as much again for what is before it."""
@@ -36,114 +35,6 @@ WIDE = 4 * 2.0**-53
 
 EMULATED = 1 << 21
 """Products up to which a dot product of fully declared order is also replayed bit for bit (20 ms)."""
-
-
-@dataclass(frozen=True)
-class Operand:
-    """An input of an operation: the captured value, or an estimate with its variance where the stage was not captured."""
-
-    value: Float
-    variance: Float | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an operation needs besides its inputs, as plain data.
-
-    Attributes
-    ----------
-    profile : Profile
-    hparams : mapping
-    tokens, positions, keys : array
-        Token ids, their positions, and the positions of the J keys.
-    weights, biases : sequence of arrays
-        The parts of the stage's weight group, in order; empty if it has none.
-    captured : array or None
-        What the side captured of this stage; only the RoPE table looks at it, to tell which neighbour each frequency is.
-    """
-
-    profile: Profile
-    hparams: HParams
-    tokens: Sequence[int]
-    positions: Index
-    keys: Index
-    weights: Sequence[ArrayLike] = field(default=(), repr=False)
-    biases: Sequence[ArrayLike] = field(default=(), repr=False)
-    captured: Float | None = field(default=None, repr=False)
-
-    @property
-    def allowed(self) -> Mask:
-        """The causal mask, [T, J]."""
-        return witness.causal(self.positions, self.keys)
-
-    @property
-    def bias(self) -> Float | None:
-        """The bias of all parts side by side."""
-        return np.concatenate([np.asarray(b, np.float64) for b in self.biases]) if self.biases else None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a correct side of this arithmetic leaves at a stage.
-
-    Attributes
-    ----------
-    pre, sigma2 : array
-        Replay before the last rounding, declared roundings emulated; variance of what it does not know.
-    plain, variance : array
-        Float64 with nothing emulated; variance of (captured - plain), without the row's common factor.
-    format : Format
-        The last rounding.
-    certain : array of bool or bool
-        Where the recipe is exact: the captured value must equal ``pre`` rounded, bit for bit.
-    compared : array of bool or None
-        Elements that mean anything (scores: where the mask allows); None is all.
-    row : array or None
-        Relative standard deviation of a factor that all elements of a row (last axis) share, [rows, 1] (``rows`` of length ``width``).
-    width : int
-        Length of such a row.
-    expected : array or None
-        Bits that the declared order of addition gives, where it was replayed.
-    dot, added, gain, heads : Dot, array, float, int
-        The sums inside, the part of both variances that :func:`sums.estimate` gave, the factor that it was multiplied with, and, if the
-        result has heads side by side, how many: what is needed to do it again exactly.
-    shared : bool
-        Part of the noise sits in an input, so that the elements of a row err together and count as one in a group.
-    """
-
-    pre: Float
-    sigma2: Float
-    plain: Float
-    variance: Float
-    format: Format
-    certain: Mask | bool = False
-    compared: Mask | None = None
-    row: Float | None = None
-    width: int = 0
-    expected: Float | None = None
-    dot: Dot | None = field(default=None, repr=False)
-    added: Float | None = field(default=None, repr=False)
-    gain: float = 1.0
-    heads: int = 0
-    shared: bool = False
-
-    def bits(self) -> Float:
-        """The value of the emulation: replayed bits where there are any, else ``pre`` rounded."""
-        return to_format(self.pre, self.format) if self.expected is None else self.expected
-
-    def operand(self) -> Operand:
-        """The stage as an input of the next, where it was not captured."""
-        value, left = settle(self.pre, self.sigma2, self.format)
-        return Operand(value, left if np.any(left > 0) else None)
-
-    def dot_index(self, flat: Index) -> Index:
-        """Flat index into this prediction as one into ``dot``'s result [B, T, N]."""
-        if not self.heads:
-            return flat
-        tokens, columns = self.pre.shape
-        t, c = np.divmod(flat, columns)
-        size = columns // self.heads
-        return np.asarray((c // size * tokens + t) * size + c % size)
 
 
 def _known(*operands: Operand) -> bool:
@@ -327,12 +218,12 @@ def _matmul(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Rows times weights: float32 accumulation, then the bias, then one rounding (fused), or a rounding before the bias (``exact``)."""
     (x,) = inputs
     fmt, profile = at.profile.activations, at.profile
-    w = np.concatenate([np.asarray(part, np.float64) for part in at.weights])
+    w = np.asarray(at.weights[0]) if len(at.weights) == 1 else np.concatenate([np.asarray(part) for part in at.weights])
     dot = Dot(x.value[None], w[None], profile.order)
     y, added = dot.value()[0], sums.estimate(dot)[0]
     left = added.copy()
     if x.variance is not None:
-        left += x.variance @ (w * w).T
+        left += dot.spread(x.variance[None])[0]
     bits = sums.emulate(dot).reshape(y.shape) if _replayed(dot, x) else None
     if at.bias is not None:
         y = y + at.bias

@@ -18,8 +18,9 @@ end (seen with two tokens in float32: 15 standard deviations of the sequential s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ Index = NDArray[np.int64]
 
 SEGMENT = 32
 """Longest stretch of a sequential sum over which the walk is interpolated; a few large products early in it are what misleads."""
+
+WIDENED = 1 << 24
+"""Weights held in float64 at once: 128 MiB, and as much for their squares."""
 
 CHUNK = 1 << 21
 """Products held at once by :func:`exact`: 16 MiB of float64 per temporary."""
@@ -46,12 +50,12 @@ class Dot:
     Attributes
     ----------
     x, w : array
-        [B, T, K] and [B, N, K], the numbers that the engine multiplied.
+        [B, T, K] and [B, N, K], the numbers that the engine multiplied.  w may be float32; it is widened a few columns at a time.
     order : Order
     """
 
     x: Float
-    w: Float
+    w: NDArray[Any]
     order: Order
 
     @property
@@ -61,16 +65,31 @@ class Dot:
 
     def value(self) -> Float:
         """The products in float64: [B, T, N]."""
-        return np.asarray(self.x @ self.w.transpose(0, 2, 1))
+        return self.by_columns(lambda w: np.asarray(self.x @ w.transpose(0, 2, 1)))
+
+    def spread(self, x_variance: Float) -> Float:
+        """Variance that noise in x brings: [B, T, N]."""
+        return self.by_columns(lambda w: np.asarray(x_variance @ (w * w).transpose(0, 2, 1)))
+
+    def by_columns(self, part: Callable[[Float], Float]) -> Float:
+        """A function of w in float64 that gives [B, T, columns], over at most :data:`WIDENED` numbers at a time."""
+        wide = max(1, WIDENED // max(self.w.shape[0] * self.w.shape[2], 1))
+        pieces = [part(self.w[:, i : i + wide].astype(np.float64, copy=False)) for i in range(0, self.w.shape[1], wide)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=2)
 
     def rows(self, flat: Index) -> tuple[Float, Float]:
         """The two operands [P, K] of some elements of the result, by flat index into [B, T, N]."""
         b, t, n = np.unravel_index(flat, (self.x.shape[0], self.x.shape[1], self.w.shape[1]))
-        return self.x[b, t], self.w[b, n]
+        return self.x[b, t], self.w[b, n].astype(np.float64, copy=False)
 
 
 def estimate(dot: Dot) -> Float:
     """Variance of each dot product, from segment sums and one product of squares per segment: [B, T, N]."""
+    return dot.by_columns(lambda w: _estimate(Dot(dot.x, w, dot.order)))
+
+
+def _estimate(dot: Dot) -> Float:
+    """The same for a few columns."""
     out = np.zeros((dot.x.shape[0], dot.x.shape[1], dot.w.shape[1]))
     if dot.order.lanes:
         used = min(dot.order.lanes, dot.x.shape[2])

@@ -53,7 +53,7 @@ static int run_tier_option(ap_state *st, PyObject *o, int *out) {
     return -1;
 }
 
-/* A float32, C-contiguous copy or view of any array-like; a new reference. */
+/* A float32, C-contiguous copy or view of what float32 can hold (float64 arrays are refused: the caller rounds, and knows it); a new reference. */
 static PyArrayObject *run_floats(PyObject *o) {
     return (PyArrayObject *)PyArray_FROMANY(o, NPY_FLOAT32, 0, 8, NPY_ARRAY_CARRAY_RO);
 }
@@ -61,6 +61,7 @@ static PyArrayObject *run_floats(PyObject *o) {
 static int run_parse_edit(ap_state *st, PyObject *item, int layers, ap_edit *out) {
     PyObject *layer_o;
     const char *stage, *field;
+    if (!PyTuple_Check(item)) { PyErr_SetString(PyExc_TypeError, "an edit is a tuple (stage, layer or None, field, value)"); return -1; }
     if (!PyArg_ParseTuple(item, "sOsd;an edit is (stage, layer or None, field, value)", &stage, &layer_o, &field, &out->value)) return -1;
     PyObject *key = Py_BuildValue("(sO)", stage, layer_o);
     int rc = key ? ap_key_parse(st, key, layers, &out->stage, &out->layer) : -1;

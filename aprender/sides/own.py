@@ -154,7 +154,7 @@ class OwnSide:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer | None:
-        return for_model(self.path)
+        return for_model(self.path, self.file)
 
     def tokenizer(self) -> Tokenizer | None:
         """The container's own tokenizer; None if it has none."""

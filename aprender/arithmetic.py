@@ -102,7 +102,7 @@ class Profile:
         Inside every operation that is no dot product the arithmetic is float64 in a fixed order, rounded once to ``activations``; if
         not, it is float32 with the roundings of ``judge.noise``.
     band : float
-        Largest rms z of a clean stage with this row, the order unknown (measured; ``docs`` of ``judge.rule``).
+        Largest rms z of a clean stage with this row, the order unknown (measured; ``judge.rule`` applies it).
     validated : bool
         Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated".
     """

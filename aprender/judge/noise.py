@@ -2,9 +2,9 @@
 
 Owns the recipes.  Each function makes a :class:`~aprender.judge.prediction.Prediction`: it replays one operation in float64 with every
 declared deterministic rounding emulated (``pre``), says what the replay cannot know (``sigma2``: order of addition, exp, reciprocal square
-root), and what a captured value may differ by if nothing is emulated (``variance``).  No fitted constant: a count of roundings is multiplied
-by the variance of one.  Refuses to decide (``judge.rule``) and to look up which input belongs to which stage (``judge.replay``, which calls
-it).
+root), and what a captured value may differ by if nothing is emulated (``variance``).  No fitted constant: a count of roundings is
+multiplied by the variance of one.  Refuses to decide (``judge.rule``) and to look up which input belongs to which stage (``judge.replay``,
+which calls it).
 
 :data:`PREDICT` is keyed by the operations of ``ops.def``.  What Hugging Face does inside each: x is widened to float32; the operation runs
 in float32; the result is rounded once to the activation format, except where a recipe below rounds in between (the norm before its weight,

@@ -116,7 +116,7 @@ class File:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In file order."""
-    def get(self, key: str, default: object = None, /) -> Any:  # noqa: ANN401 (whatever the file says)
+    def get(self, key: str, default: object = None, /) -> Any:
         """The value of one metadata key, without building the others."""
     def raw(self, name: str, /) -> NDArray[np.uint8]:
         """The bytes of a tensor: [nbytes], a read-only view that keeps the file's memory alive.

@@ -58,9 +58,7 @@ def test_one_bit_is_a_difference(pair: Pair, tmp_path: Path, capsys: Capsys, key
 
 
 @pytest.mark.parametrize(("rtol", "code"), [(1e-3, 0), (1e-5, 1)])
-def test_rtol_is_relative_l2_per_tensor(
-    pair: Pair, tmp_path: Path, capsys: Capsys, rtol: float, code: int
-) -> None:
+def test_rtol_is_relative_l2_per_tensor(pair: Pair, tmp_path: Path, capsys: Capsys, rtol: float, code: int) -> None:
     """One tensor scaled by 1 + 1e-4 is a relative L2 of 1e-4: inside 1e-3, outside 1e-5."""
     captures.save(changed(pair[1], {HEAD: pair[1][HEAD] * np.float32(1 + 1e-4)}), tmp_path / "b")
     found, out, _ = run(capsys, pair[0], tmp_path / "b", "--rtol", rtol, "--json")
@@ -117,9 +115,7 @@ def test_a_known_view_is_applied_and_said(pair: Pair, tmp_path: Path, capsys: Ca
 
 
 @pytest.mark.parametrize("said", [{"tokens": (5, 9, 3)}, {"tokens": (5, 9, 2, 4)}, {"positions": (1, 2, 3)}])
-def test_unlike_things_are_not_compared(
-    pair: Pair, tmp_path: Path, capsys: Capsys, said: dict[str, tuple[int, ...]]
-) -> None:
+def test_unlike_things_are_not_compared(pair: Pair, tmp_path: Path, capsys: Capsys, said: dict[str, tuple[int, ...]]) -> None:
     captures.save(Captures(dict(pair[1]), replace(pair[1].manifest, positions=said.pop("positions", ()), **said)), tmp_path / "b")
     code, out, err = run(capsys, pair[0], tmp_path / "b", "--json")
     assert (code, out) == (3, "")
@@ -141,9 +137,7 @@ def test_nothing_compared_is_no_agreement(pair: Pair, tmp_path: Path, capsys: Ca
         (["A", "A", "--stages", ""], 2, "empty"), (["A", "A", "--colour"], 2, "--colour"), (["A", "A", "--json", "-q"], 2, "not allowed"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(
-    pair: Pair, capsys: Capsys, argv: list[str], code: int, word: str
-) -> None:
+def test_bad_input_is_one_line(pair: Pair, capsys: Capsys, argv: list[str], code: int, word: str) -> None:
     found, out, err = run(capsys, *[pair[0] if part == "A" else part for part in argv])
     assert (found, out) == (code, "")
     assert err.count("\n") == 1

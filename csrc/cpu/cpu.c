@@ -36,9 +36,10 @@ static int cpu_open(ap_dev **out, const ap_model *m, const ap_weight *w, const a
     d->lanes = &cpu_lanes_of[d->o.tier];
     d->worker_n = cpu_worker_size(m, w);
     d->worker = ap_alloc((uint64_t)d->worker_n * (uint64_t)d->o.threads, sizeof(float));
-    if (!d->worker) { cpu_close(d); return ap_fail(e, AP_MEMORY, "no memory for %d threads of %zu values", o->threads, d->worker_n); }
-    *out = d;
-    return AP_OK;
+    if (d->worker) { *out = d; return AP_OK; }
+    int rc = ap_fail(e, AP_MEMORY, "no memory for %d threads of %zu values", d->o.threads, d->worker_n);
+    cpu_close(d);
+    return rc;
 }
 
 static size_t cpu_kd(const ap_dev *d) { return (size_t)d->m->h.kv_heads * (size_t)d->m->h.head; }

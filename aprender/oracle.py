@@ -19,7 +19,8 @@ from aprender.arithmetic import DTYPES
 if TYPE_CHECKING:
     import argparse
 
-    from aprender.captures import Captures, Manifest
+    from aprender.captures import Captures
+    from aprender.manifest import Manifest
     from aprender.sides.base import Progress
     from aprender.stages import Selection
 

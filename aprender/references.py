@@ -16,10 +16,11 @@ import numpy as np
 
 import aprender
 from aprender import arithmetic, stages
-from aprender.captures import Captures, Manifest, open_captures
+from aprender.captures import Captures, open_captures
 from aprender.errors import CannotRun
 from aprender.judge import witness
 from aprender.judge.rounding import to_format
+from aprender.manifest import Manifest
 from aprender.sides.base import Side
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide

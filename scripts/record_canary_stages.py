@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from aprender import captures
-from aprender.captures import Manifest
+from aprender.manifest import Manifest
 from aprender.oracle import record
 
 HOME = Path(__file__).resolve().parent.parent / "aprender" / "data" / "canary"

@@ -15,8 +15,9 @@ import tiny
 from numpy.typing import NDArray
 
 from aprender import _core, arithmetic
-from aprender.captures import CAPTURED, DERIVED, Captures, Manifest, TensorNote
+from aprender.captures import Captures
 from aprender.judge.witness import ModelData
+from aprender.manifest import CAPTURED, DERIVED, Manifest, TensorNote
 
 Array = NDArray[np.float32]
 Key = tuple[str, int | None]

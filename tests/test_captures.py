@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprender import captures, stages
-from aprender.captures import Captures, Manifest, TensorNote
+from aprender.captures import Captures
 from aprender.errors import ArgumentError, CannotRun, FormatError, NotComparable, UnknownName
+from aprender.manifest import Manifest, TensorNote
 
 FLAGS = frozenset({"DENSE", "QKV_BIAS", "UNTIED"})
 HPARAMS = {"layers": 2, "dim": 24, "ffn": 40, "heads": 4, "kv_heads": 2, "head": 8, "vocab": 16, "context": 64, "eps": 1e-6, "theta": 1e4}

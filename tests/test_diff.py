@@ -11,7 +11,8 @@ import pytest
 import test_captures as made
 
 from aprender import captures, diff
-from aprender.captures import Captures, TensorNote
+from aprender.captures import Captures
+from aprender.manifest import TensorNote
 from aprender.stages import Key
 
 HEAD: Key = ("lm_head", None)

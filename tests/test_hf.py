@@ -388,8 +388,8 @@ def test_what_is_found_here_holds_for_the_captures(folders: dict[tiny.Shape, Pat
         if k in blocks:
             assert np.array_equal(cap[stage, 1], torch_order.emulate(cap[source, 1], weights[weight, 1], blocks[k])), stage
             checked += 1
-    if not checked:
-        pytest.skip("this machine's torch adds in an order that is not blocks: the envelope is used")
+    # On a machine whose torch adds in no blocks nothing is claimed; what is claimed must be bits, and was just checked.
+    assert checked or found == "envelope" or not {64, 96, 160} & blocks.keys()
 
 
 def test_half_types_leave_the_order_open(folders: dict[tiny.Shape, Path]) -> None:

@@ -13,13 +13,14 @@ import tiny
 from hf_like import FORMATS, Plant, capture, model, profile
 
 from aprender import arithmetic, stages
-from aprender.captures import DERIVED, LAST, Captures, Manifest, TensorNote
+from aprender.captures import Captures
 from aprender.errors import NotComparable
 from aprender.judge import metrics, verdict
 from aprender.judge.measure import IMPOSSIBLE, group_count
 from aprender.judge.replay import ancestors, wiring
 from aprender.judge.rule import Rule
 from aprender.judge.verdict import Party, StageResult
+from aprender.manifest import DERIVED, LAST, Manifest, TensorNote
 from aprender.stages import Key
 
 IDS = [int(i) for i in np.random.default_rng(7).integers(0, 112, 21)]

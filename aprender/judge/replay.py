@@ -16,11 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from aprender import _core, stages
 from aprender.arithmetic import Profile
-from aprender.captures import DERIVED, LAST, PAIRS, Captures, halves_from_pairs
+from aprender.captures import Captures, halves_from_pairs
 from aprender.judge.noise import FUSED, PREDICT
 from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.sums import Index
 from aprender.judge.witness import Float, HParams, ModelData, Weights
+from aprender.manifest import DERIVED, LAST, PAIRS
 from aprender.stages import Key, Stage
 
 LONGEST_REGION = 4

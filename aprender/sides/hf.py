@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from transformers.utils import cached_file, logging
 
 from aprender import _core, arithmetic, stages
-from aprender.captures import Captures, Manifest, TensorNote
+from aprender.captures import Captures
 from aprender.errors import CannotRun, ConfigError, Error
+from aprender.manifest import Manifest, TensorNote
 from aprender.sides import torch_order
 from aprender.sides.base import Progress, checked_ids
 from aprender.sides.hf_record import ATTENTION, Recorder, Site, same_bits

@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from aprender import _core, stages
-from aprender.captures import CAPTURED, DERIVED
 from aprender.errors import CannotRun, ConfigError
+from aprender.manifest import CAPTURED, DERIVED
 from aprender.sides.base import Progress
 from aprender.stages import Key
 

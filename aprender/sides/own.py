@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprender import _core, arithmetic, stages
-from aprender.captures import Captures, Manifest, TensorNote
+from aprender.captures import Captures
 from aprender.errors import ArgumentError, DeviceError, FormatError
+from aprender.manifest import Manifest, TensorNote
 from aprender.stages import LOGITS, Key
 from aprender.text import Tokenizer, for_model
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from aprender import _show
 from aprender._command import CANNOT, Parser, Usage, command, say
 from aprender._prompt import parse_ids
 
@@ -117,7 +118,7 @@ def _list_faults() -> int:
     return 0
 
 
-def _show(reports: Sequence[Report], args: argparse.Namespace) -> None:
+def _print(reports: Sequence[Report], args: argparse.Namespace) -> None:
     """Print in the form that was asked for."""
     from aprender.report.terminal import console, render
 
@@ -177,9 +178,10 @@ def _run(words: list[str]) -> int:
         raise Usage(str(problem)) from None
     reports = []
     for ask in asks:
-        report = bisection.hunt(opened, ask, answer, args.steps)
+        with _show.Progress("judging", args.quiet) as progress:
+            report = bisection.hunt(opened, ask, answer, args.steps, progress)
         reports.append(bisection.with_command(report, _command_line(args, words, report.prompt)))
-    _show(reports, args)
+    _print(reports, args)
     return max((r.exit_code for r in reports), key=lambda code: (code == 1, code))
 
 

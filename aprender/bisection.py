@@ -8,7 +8,7 @@ what quantisation alone costs.  Refuses to compare unlike things and to call any
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,7 +222,11 @@ def _open(spelling: str | None, subject: Any) -> Any:
     return WitnessSide(sides.open_side(name) if name else subject, spelling)
 
 
-def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0) -> Report:
+def _silent(share: float) -> None:
+    """Nobody wants to know how far it is."""
+
+
+def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress: Callable[[float], None] = _silent) -> Report:
     """Run both sides on one question and judge them.
 
     Parameters
@@ -233,6 +237,8 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0) -> Report
         Tokens of the greedy answers to show; 0 shows none.
     steps : int
         Tokens to generate (the reference's drive both); the first step whose choice differs is judged, else the last.
+    progress : callable, optional
+        Told the share that is done, 0 … 1, after each part of the work.
     """
     subject, reference = opened.subject, opened.reference
     own, other, prompt = _resolve(subject, reference, ask)
@@ -246,7 +252,7 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0) -> Report
     if steps:
         ids, said = _differing_step(subject, reference, ids, steps)
         notes.append(said)
-    judged, left, right, more = _judge(opened, reference, ids)
+    judged, left, right, more = _judge(opened, reference, ids, progress)
     answers = _answers(opened, reference, ids, answer) if answer else ()
     return Report(judged, prompt, answers, tuple(notes + more), "", left, right)
 
@@ -278,11 +284,15 @@ def _party(opened: Hunt, name: str, side: Any, captures: Captures | None = None,
     return Party(side.spelling, profile.name if profile else "float64", backend, manifest.model_digest if manifest else None, results)
 
 
-def _judge(opened: Hunt, reference: Any, ids: Sequence[int]) -> tuple[Verdict, Captures, Captures, list[str]]:
+def _judge(
+    opened: Hunt, reference: Any, ids: Sequence[int], progress: Callable[[float], None]
+) -> tuple[Verdict, Captures, Captures, list[str]]:
     """Capture, check the contract, judge both sides locally, compare freely."""
     subject = opened.subject
     left = subject.capture(ids)
+    progress(0.15)
     right = reference.capture(ids)
+    progress(0.3)
     notes = check_contract(left, right)
     models = {
         "subject": weights_of(subject, left.manifest, candidates(subject)),
@@ -293,6 +303,7 @@ def _judge(opened: Hunt, reference: Any, ids: Sequence[int]) -> tuple[Verdict, C
         profile = opened.profile_of(name, side)
         results = local(captures, models[name], profile) if profile is not None else []
         parties[name] = _party(opened, name, side, captures, results)
+        progress(0.3 + 0.3 * len(parties))
     cost = _quantization(models["subject"], models["reference"], ids)
     judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
     notes += _remarks(judged, models, left, right)

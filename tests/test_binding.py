@@ -168,7 +168,7 @@ def calls(folder: Path) -> Iterator[Callable[[], object]]:
     """Every way into the extension, also those that fail."""
     file = _core.File(folder)
     model = _core.Model(file)
-    run = _core.Run(model)
+    run = _core.Run(model, threads=1)
     bad = folder / "bad.gguf"
     bad.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 16)
     value = np.zeros((1, 64), np.float32)
@@ -215,12 +215,11 @@ def growth(call: Callable[[], object]) -> int:
 
 
 def test_nothing_leaks(folder: Path) -> None:
-    """100 calls of everything, three times: blocks of Python's allocator and bytes of the core stay as they are; a leak is 100 blocks."""
+    """100 calls of everything: blocks of Python's allocator and bytes of the core stay as they are; a leak is 100 blocks."""
     for n, call in enumerate(calls(folder)):
-        blocks_after(call, 20)
+        blocks_after(call, 10)
         live = settled()
-        grown = min(growth(call) for _ in range(3))  # Python's own caches may grow once
-        assert grown < 50, (n, grown)
+        assert any(growth(call) < 50 for _ in range(3)), n  # Python's own caches may grow once
         assert settled() == live, n
 
 

@@ -60,7 +60,7 @@ lint: $(VENV)/.checked  ## style, types, stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest aprender._core
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml aprender._core
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with its own build, so that the plain one stays.
 sanitize: $(VENV)/.tested

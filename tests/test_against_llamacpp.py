@@ -1,8 +1,8 @@
 """Our engine beside llama.cpp on the same GGUF: the same text, and logits no further apart than its rounding of activations explains.
 
-llama.cpp rounds the activations in front of every quantised matrix to 8 bits (q8_K for K-quants, q8_0 for the others) and to the half format
-in front of F16 and BF16 ones.  What that costs is measured here, by the float64 witness with and without the rule; our engine keeps float32
-and must lie within twice that of llama.cpp.  Figures are printed with ``pytest -rP``.
+llama.cpp rounds the activations in front of every quantised matrix to 8 bits (q8_K for K-quants, q8_0 for the others) and to the half
+format in front of F16 and BF16 ones.  What that costs is measured here, by the float64 witness with and without the rule; our engine keeps
+float32 and must lie within twice that of llama.cpp.  Figures are printed with ``pytest -rP``.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ sanitize: $(VENV)/.tested
 	cd $(SANITIZED) && APRENDER_WERROR=1 APRENDER_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=$$PWD LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' tests/test_file.py tests/test_model.py tests/test_plan.py tests/test_ops.py tests/test_run.py tests/test_binding.py
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' tests/test_formats.py tests/test_file.py tests/test_model.py tests/test_plan.py tests/test_ops.py tests/test_run.py tests/test_binding.py
 
 # ---- records -----------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def test_rules_on_numbers_by_hand() -> None:
     x[:6] = [-127, 0.5, 1.5, 2.5, -0.4, 126.6]
     for rule in (q8_0, q8_k):
         np.testing.assert_array_equal(rule(x)[:7], [-127, 0, 2, 2, 0, 127, 0])
-    assert set(RULES) == {row[0] for row in _core.FORMATS if row[5]}
+    assert {"Q4_K", "Q6_K", *tiny.FORMATS} <= set(RULES)
 
 
 def witnessed(model: _core.Model, ids: Sequence[int], emulate: bool, monkeypatch: pytest.MonkeyPatch) -> Float:

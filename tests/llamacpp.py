@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: ggml's numbers of the formats on offer; the worker checks each against the library's own name.
 FORMATS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8,
-    "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "BF16": 30,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "Q8_K": 15, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "MXFP4": 39,
 }  # fmt: skip
 
 
@@ -250,6 +250,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
     "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
     "ggml_get_type_traits": (ctypes.POINTER(Traits), [ctypes.c_int]),
+    "dequantize_row_q8_K": (None, [POINTER, POINTER, LONG]),
     "ggml_quantize_chunk": (
         ctypes.c_size_t,
         [ctypes.c_int, POINTER, POINTER, LONG, LONG, LONG, POINTER],
@@ -427,7 +428,8 @@ class Worker:
             return np.frombuffer(data, np.float32).copy()
         values = np.empty(count, np.float32)
         held = np.frombuffer(data, np.uint8).copy()  # aligned as a block wants it
-        traits.to_float(held.ctypes.data, values.ctypes.data, count)
+        to_float = traits.to_float or self.library.dequantize_row_q8_K  # Q8_K's is there, but not in the table
+        to_float(held.ctypes.data, values.ctypes.data, count)
         return values
 
 

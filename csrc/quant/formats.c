@@ -4,12 +4,22 @@
 */
 #include <string.h>
 #include "format.h"
+#include "iq4_nl.h"
+#include "iq4_xs.h"
+#include "mxfp4.h"
 #include "plain.h"
+#include "q2_k.h"
+#include "q3_k.h"
 #include "q4_0.h"
+#include "q4_1.h"
 #include "q4_k.h"
 #include "q5_0.h"
+#include "q5_1.h"
+#include "q5_k.h"
 #include "q6_k.h"
 #include "q8_0.h"
+#include "q8_1.h"
+#include "q8_k.h"
 
 const ap_format ap_formats[AP_F_N] = {
 #define F(name, gguf, st, block, bytes, decode) { #name, gguf, st, block, bytes, decode },

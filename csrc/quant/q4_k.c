@@ -9,7 +9,7 @@ void ap_q4_k_decode(const void *src, float *dst, size_t n) {
     for (; n >= 256; n -= 256, dst += 256, b++) {
         float d = ap_f16_to_f32(ap_le16(b->d)), dmin = ap_f16_to_f32(ap_le16(b->dmin));
         for (int g = 0; g < 8; g++) {
-            float scale = d * (float)ap_q4_k_scale(b, g), min = dmin * (float)ap_q4_k_min(b, g);
+            float scale = d * (float)ap_q4_k_scale(b->s, g), min = dmin * (float)ap_q4_k_min(b->s, g);
             for (int i = g * 32; i < g * 32 + 32; i++) dst[i] = scale * (float)ap_q4_k_q(b, i) - min;
         }
     }

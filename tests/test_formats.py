@@ -61,6 +61,10 @@ def half(data: NDArray[np.uint8]) -> NDArray[np.float32]:
 #: What the gguf package cannot decode: blocks [n, bytes] to values [n, block].
 BY_HAND: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
     "Q8_1": lambda data: half(data[:, :2]) * data[:, 4:].view(np.int8).astype(np.float32),
+    "F64": lambda data: data.view("<f8").astype(np.float32),
+    "I8": lambda data: data.view("<i1").astype(np.float32),
+    "I16": lambda data: data.view("<i2").astype(np.float32),
+    "I32": lambda data: data.view("<i4").astype(np.float32),
     "Q8_K": lambda data: np.ascontiguousarray(data[:, :4]).view("<f4") * data[:, 4:260].view(np.int8).astype(np.float32),
 }
 
@@ -77,8 +81,11 @@ def blocks(row: tuple[str, int, str, int, int, bool], seed: int = 0) -> NDArray[
         made[:, offset : offset + 2] = scale.view(np.uint8).reshape(-1, 2)
     if name == "Q8_K":
         made[: len(SPECIAL32), :4] = SPECIAL32.astype("<u4").view(np.uint8).reshape(-1, 4)
-    if name == "MXFP4":
-        made[:, 0] = np.arange(BLOCKS)  # every power of two
+    if name == "F64":
+        ordinary = np.concatenate([generator.normal(0, 0.1, BLOCKS - 8), [0, -0.0, 1e-45, 1e-46, 1 + 2**-24, -1e39, np.inf, np.nan]])
+        made[:] = ordinary.astype("<f8").view(np.uint8).reshape(-1, 8)
+    if name == "I8" or name == "MXFP4":  # every number, every power of two
+        made[:, 0] = np.arange(BLOCKS)
     return made
 
 

@@ -167,12 +167,14 @@ def test_wrong_shapes_show_both(shape: tiny.Shape, container: str, tmp_path: Pat
             assert problem.field == stored(container, name)
 
 
-def test_unreadable_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "size"), [("F8_E4M3", 1), ("F64", 8), ("I8", 1), ("I16", 2), ("I32", 4)])
+def test_unreadable_format_is_refused(name: str, size: int, tmp_path: Path) -> None:
+    """And a readable one whose numbers float32 cannot hold, or that are codes of a scheme unknown here."""
     made: dict[str, Any] = {name: blob(array) for name, array in tiny.weights(ONE).items()}
     q = tiny.weights(ONE)["model.layers.0.self_attn.q_proj.weight"]
-    made["model.layers.0.self_attn.q_proj.weight"] = ("F8_E4M3", q.shape, bytes(q.size))
+    made["model.layers.0.self_attn.q_proj.weight"] = (name, q.shape, bytes(q.size * size))
     problem = refusal(FormatError, "UNSUPPORTED", lambda: made_folder(tmp_path, ONE, made))
-    assert "F8_E4M3" in str(problem)
+    assert f"stored as {name}" in str(problem)
     assert "q_proj" in str(problem)
 
 

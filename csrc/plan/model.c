@@ -235,6 +235,11 @@ static void mdl_dims_text(char out[64], const int64_t *dim, int nd) {
     for (int i = 0; i < nd && at < 48; i++) at += snprintf(out + at, 64 - (size_t)at, i ? ", %lld" : "%lld", (long long)dim[i]);
 }
 
+/* These can be shown, but float32 would round them, or they are codes whose scales lie in some tensor that this engine does not know. */
+static int mdl_no_weight(const ap_format *f) {
+    return f == &ap_formats[AP_F_F64] || f == &ap_formats[AP_F_I8] || f == &ap_formats[AP_F_I16] || f == &ap_formats[AP_F_I32];
+}
+
 static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {
     const ap_weight_row *r = &ap_weights[row];
     char name[128];
@@ -250,7 +255,8 @@ static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {
         mdl_dims_text(a, t->dim, t->nd); mdl_dims_text(b, want, nd);
         return ap_fail_at(e, AP_CONFIG, -1, name, "%s has shape [%s], the hyper-parameters demand [%s]", name, a, b);
     }
-    if (!t->fmt->decode) return ap_fail_at(e, AP_UNSUPPORTED, -1, name, "%s is stored as %s, which this engine cannot read yet", name, t->fmt->name);
+    if (!t->fmt->decode || mdl_no_weight(t->fmt))
+        return ap_fail_at(e, AP_UNSUPPORTED, -1, name, "%s is stored as %s, which this engine cannot compute with yet", name, t->fmt->name);
     if (r->form != AP_FORM_MATRIX && t->fmt->block != 1)
         return ap_fail_at(e, AP_CONFIG, -1, name, "%s is stored as %s; a norm weight or bias must be F32, F16 or BF16", name, t->fmt->name);
     int pairs = (m->quirks & AP_QUIRK_ROPE_PAIRS) && (row == AP_W_attn_q || row == AP_W_attn_k) ? m->h.head : 0;

@@ -1,6 +1,6 @@
 /*
-** plain.c: the formats without blocks, and what a half means.  Every value of F16 and BF16 is a float32, so nothing is rounded here.  Owns nothing.
-** The block formats call the half conversion for their scales, the CPU operations for embeddings and norms.
+** plain.c: the formats without blocks, and what a half means.  Every value of F16, BF16, I8 and I16 is a float32; F64 and I32 are rounded
+** once, to nearest even.  Owns nothing.  The block formats call the half conversion for their scales, the CPU operations for embeddings and norms.
 */
 #include <string.h>
 #include "plain.h"
@@ -28,4 +28,24 @@ void ap_f16_decode(const void *src, float *dst, size_t n) {
 void ap_bf16_decode(const void *src, float *dst, size_t n) {
     const uint8_t *p = src;
     for (size_t i = 0; i < n; i++) dst[i] = ap_bf16_to_f32(ap_le16(p + 2 * i));
+}
+
+void ap_f64_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) { double v; memcpy(&v, p + 8 * i, sizeof v); dst[i] = (float)v; }
+}
+
+void ap_i8_decode(const void *src, float *dst, size_t n) {
+    const int8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = (float)p[i];
+}
+
+void ap_i16_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = (float)(int16_t)ap_le16(p + 2 * i);
+}
+
+void ap_i32_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) { int32_t v; memcpy(&v, p + 4 * i, sizeof v); dst[i] = (float)v; }
 }

@@ -1,8 +1,13 @@
-/* plain.h: numbers stored one by one.  F32 as IEEE binary32, F16 as binary16, BF16 as the upper half of binary32; all little-endian. */
+/* plain.h: numbers stored one by one.  F32 as IEEE binary32, F16 as binary16, BF16 as the upper half of binary32, F64 as binary64, I8, I16 and I32 in two's
+** complement; all little-endian. */
 #ifndef AP_PLAIN_H
 #define AP_PLAIN_H
 #include "format.h"
 void ap_f32_decode (const void *src, float *dst, size_t n);
 void ap_f16_decode (const void *src, float *dst, size_t n);
 void ap_bf16_decode(const void *src, float *dst, size_t n);
+void ap_f64_decode (const void *src, float *dst, size_t n);
+void ap_i8_decode  (const void *src, float *dst, size_t n);
+void ap_i16_decode (const void *src, float *dst, size_t n);
+void ap_i32_decode (const void *src, float *dst, size_t n);
 #endif

@@ -35,14 +35,15 @@ def main() -> None:
             side = OwnSide(aprender.canary(), edits=fault.edits(*key, data["flags"]), spelling="canary.gguf")
             changed = sum(side.generate(ids, TOKENS) != answer for ids, answer in zip(asked, right, strict=True))
             report = hunt(Hunt(side, WitnessSide(clean, "witness")), Ask(ids=tuple(asked[0])), answer=0)
-            named = [(found.stage, found.layer) for found in report.judged.wrong] == [key]
-            rows.append({"fault": fault.name, "site": stages.spell(key), "answers_changed": changed, "named": named})
+            alone = [(found.stage, found.layer) for found in report.judged.wrong] == [key]
+            rows.append({"fault": fault.name, "site": stages.spell(key), "answers_changed": changed, "named": alone})
     silent = sum(row["answers_changed"] == 0 for row in rows)
     folder = ROOT / "evidence" / "silent-faults"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "faults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    body = "\n".join(f"| {row['fault']} | {row['site']} | {row['answers_changed']} | {'yes' if row['named'] else 'no'} |" for row in rows)
+    named = {True: "yes", False: "no"}
+    body = "\n".join(f"| {row['fault']} | {row['site']} | {row['answers_changed']} | {named[row['named']]} |" for row in rows)
     text = (
         "# silent-faults\n\nHow many planted faults can the text show? Each of the six catalogue faults at each of its sites in the embedded"
         f" model, one at a time; {TOKENS} greedy tokens for each of {json.dumps(PROMPTS)}.\n\n"

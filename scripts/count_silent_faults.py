@@ -45,8 +45,8 @@ def main() -> None:
     named = {True: "yes", False: "no"}
     body = "\n".join(f"| {row['fault']} | {row['site']} | {row['answers_changed']} | {named[row['named']]} |" for row in rows)
     text = (
-        "# silent-faults\n\nHow many planted faults can the text show? Each of the six catalogue faults at each of its sites in the embedded"
-        f" model, one at a time; {TOKENS} greedy tokens for each of {json.dumps(PROMPTS)}.\n\n"
+        "# silent-faults\n\nHow many planted faults can the text show? Each of the six catalogue faults at each of its sites in the"
+        f" embedded model, one at a time; {TOKENS} greedy tokens for each of {json.dumps(PROMPTS)}.\n\n"
         "```\n$ python scripts/count_silent_faults.py\n```\n\n"
         f"**{len(rows)} faults: {silent} leave all {len(PROMPTS)} answers unchanged; {sum(row['named'] for row in rows)} are named by"
         " `bisect` at their stage and layer, and nothing else is.**\n\n"

@@ -8,7 +8,7 @@
 #include "../base/mem.h"
 #include <stdatomic.h>
 
-typedef struct { PyObject_HEAD PyObject *model, *overrides; ap_run *r; atomic_int busy; } py_run;
+typedef struct { PyObject_HEAD PyObject *model, *overrides; ap_run *r; atomic_int busy; int main; } py_run;     /* main: called by the main thread */
 
 /* ---- keys and small arguments ---- */
 
@@ -131,13 +131,23 @@ static int run_read_overrides(ap_state *st, py_run *self, PyObject *given, const
 
 /* ---- life ---- */
 
-/* Called by the thread that called Python, without the GIL; an exception that a handler raises stays set in that thread and ap_raise leaves it alone. */
+/* Signal handlers run in the main thread only, so only there is anything to look at.  Any other thread must not ask for the GIL here: when the interpreter
+** is ending, asking ends the thread, and with it the stack on which the pool's job lies. */
 static int run_poll(void *ctx) {
-    (void)ctx;
+    if (!((py_run *)ctx)->main) return 0;
     PyGILState_STATE g = PyGILState_Ensure();
-    int rc = PyErr_CheckSignals();
+    int rc = PyErr_CheckSignals();                  /* an exception that a handler raises stays set in this thread and ap_raise leaves it alone */
     PyGILState_Release(g);
     return rc;
+}
+
+static int run_in_main_thread(void) {
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL, *ident = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    int yes = ident && PyLong_Check(ident) && PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
+    Py_XDECREF(ident); Py_XDECREF(thread); Py_XDECREF(threading);
+    PyErr_Clear();
+    return yes;
 }
 
 static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
@@ -150,6 +160,7 @@ static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
     py_run *self = (py_run *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->model = Py_NewRef(model);
+    o.poll_ctx = self;
     ap_override *list = NULL;
     int n = 0;
     ap_err e = AP_ERR_INIT;
@@ -289,6 +300,7 @@ static PyObject *run_with(py_run *self, PyObject *args, PyObject *kw, int what) 
     PyObject *tokens, *keep = NULL, *feed = NULL, *result = NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kw, "O|OO", names, &tokens, &keep, &feed)) return NULL;
     if (run_enter(self)) return NULL;
+    self->main = run_in_main_thread();
     run_args a = { .q = { .advance = what == RUN_FORWARD } };
     int layers = self->r->m->h.layers;
     if (!run_read_tokens(st, tokens, &a) && !run_read_keep(st, keep, layers, &a) && !run_read_feed(st, feed, layers, &a)) {

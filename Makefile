@@ -8,7 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Twice quiet: what fails is still shown in full.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORE := $(wildcard csrc/*.c csrc/*/*.c csrc/*/*.h csrc/*/*.def) setup.py
 PEER := $(VENV)/npm/node_modules/@node-llama-cpp/linux-x64
 PEER_VERSION := 3.22.1
@@ -63,14 +64,18 @@ lint: $(VENV)/.checked  ## style, types, stubs
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml aprender._core
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with its own build, so that the plain one stays.
-sanitize: $(VENV)/.tested
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,formats file model plan ops run binding))
+# The report goes to a file: pytest holds what is written to stderr, and a process that ends there takes it along.
+SANITIZE = cd $(SANITIZED) && PYTHONPATH=$$PWD PYTHONMALLOC=malloc \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=report UBSAN_OPTIONS=print_stacktrace=1:log_path=report
+sanitize: $(VENV)/.tested  ## the core under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml README.md LICENSE csrc aprender tests $(SANITIZED)/
 	rm -f $(SANITIZED)/aprender/*.so
 	cd $(SANITIZED) && APRENDER_WERROR=1 APRENDER_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && PYTHONPATH=$$PWD LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' tests/test_formats.py tests/test_file.py tests/test_model.py tests/test_plan.py tests/test_ops.py tests/test_run.py tests/test_binding.py
+	$(SANITIZE) $(CURDIR)/$(BIN)/python -c "from aprender import _core; assert 'sanitized' in _core.__file__, _core.__file__"
+	$(SANITIZE) $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' $(SANITIZED_TESTS) || { cat report.* 2>/dev/null; exit 1; }
 
 # ---- records -----------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize
 
 from aprender import _core, stages
+from aprender.atomic import writing
 from aprender.errors import ArgumentError, CannotRun, FormatError, NotComparable, UnknownName
 from aprender.manifest import ALL, HALVES, LAST, PAIRS, Manifest, TensorNote, key_name
 from aprender.stages import Key
@@ -380,17 +381,8 @@ def _save_file(captures: Captures, layer: int | None, where: Path) -> dict[Key, 
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file so that its name never shows half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as out:
+    with writing(path) as out:
         out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Folder(Mapping[Key, Array]):

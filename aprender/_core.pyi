@@ -34,8 +34,9 @@ _QuirkRow: TypeAlias = tuple[str, str, str]
 _HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
 """field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, its older spelling, need (REQUIRED DERIVED)."""
 
-_FormatRow: TypeAlias = tuple[str, int, str, int, int, bool]
-"""name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read."""
+_FormatRow: TypeAlias = tuple[str, int, str, int, int, bool, int, str, bool]
+"""name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read, APR id (-1: none), packing (ROWS:
+each row begins a block; FLAT: blocks run on; WHOLE: one scale, then the values), can be written."""
 
 _TierRow: TypeAlias = tuple[str, bool]
 """name, available on this CPU; worst first."""
@@ -201,7 +202,9 @@ class Model:
             The model has no such weight.
         """
     def weight_raw(self, name: str, layer: int | None = None, /) -> NDArray[np.uint8]:
-        """The file's bytes, [rows, bytes of a row], in the file's lane order: a read-only view.
+        """The file's bytes, in the file's lane order: a read-only view.
+
+        [rows, bytes of a row]; [bytes] where the format's packing is not ROWS.
 
         Raises
         ------

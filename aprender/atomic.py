@@ -1,8 +1,9 @@
 """Files that never show half of themselves under their final name.
 
-Owns :func:`writing`, the one way in which this package puts a file down: under a temporary name in the same folder, synced, renamed, and the
-folder synced.  Refuses nothing.  An exception on the way leaves neither the new file nor its temporary one, and what stood under the name before is
-untouched.  What a kill leaves is a temporary file that no reader of ours takes for anything.  Called by captures, the trace trees and convert.
+Owns :func:`writing`, the one way in which this package puts a file down: under a temporary name in the same folder, synced, renamed, and
+the folder synced.  Refuses nothing.  An exception on the way leaves neither the new file nor its temporary one, and what stood under the
+name before is untouched.  What a kill leaves is a temporary file that no reader of ours takes for anything.  Called by captures, the trace
+trees and convert.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@
 #include "quant/iq4_nl.c"
 #include "quant/iq4_xs.c"
 #include "quant/mxfp4.c"
+#include "quant/apr_q4.c"
+#include "quant/apr_q8.c"
 #include "quant/formats.c"
 /* 2 file: containers */
 #include "file/file.c"

@@ -25,7 +25,9 @@ READABLE = [row for row in _core.FORMATS if row[5]]
 BLOCKS = 256
 
 #: Which formats each foreign reader decodes.
-GGUF_READS = [row for row in READABLE if row[0] in ("F32", "F16") or gguf.GGMLQuantizationType[row[0]] in gguf.quants._type_traits]
+GGUF_READS = [
+    row for row in READABLE if row[0] in ("F32", "F16") or gguf.GGMLQuantizationType.__members__.get(row[0]) in gguf.quants._type_traits
+]
 GGML_READS = [row for row in READABLE if row[0] in llamacpp.FORMATS]
 
 #: Byte offsets of the half scales in a block, from the struct definitions in ggml-common.h.
@@ -71,7 +73,7 @@ BY_HAND: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
 
 def blocks(row: tuple[str, int, str, int, int, bool], seed: int = 0) -> NDArray[np.uint8]:
     """[BLOCKS, bytes of a block]: random, the first ones with special scales in every combination that fits."""
-    name, _, _, _, size, _ = row
+    name, _, _, _, size, *_ = row
     generator = np.random.default_rng([seed, *name.encode()])
     made = generator.integers(0, 256, (BLOCKS, size), np.uint8)
     for i, offset in enumerate(SCALES.get(name, ())):
@@ -97,7 +99,7 @@ def one_tensor(path: Path, kind: int, values: int, data: bytes) -> _core.File:
 
 
 def ours(row: tuple[str, int, str, int, int, bool], data: NDArray[np.uint8], folder: Path) -> NDArray[np.float32]:
-    _, kind, _, block, size, _ = row
+    _, kind, _, block, size, *_ = row
     return one_tensor(folder / "t.gguf", kind, data.size // size * block, data.tobytes()).dequantize("t")
 
 
@@ -181,7 +183,7 @@ def test_f32_keeps_every_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [row for row in READABLE if row[3] > 1], ids=ids)
 def test_every_bit_matters(row: tuple[str, int, str, int, int, bool], tmp_path: Path) -> None:
     """Flipping any single bit of a block changes some value, or is in a sum that no value needs: no field is read from the wrong place."""
-    name, _, _, block, size, _ = row
+    name, _, _, block, size, *_ = row
     base = np.random.default_rng(2).integers(1, 256, size, np.uint8)
     for offset in SCALES.get(name, ()):
         base[offset : offset + 2] = np.array([0.37], np.float16).view(np.uint8)
@@ -202,7 +204,7 @@ def test_every_bit_matters(row: tuple[str, int, str, int, int, bool], tmp_path: 
 
 def test_every_known_format_is_sized_as_ggml_sizes_it() -> None:
     """The formats that are only listed too: a wrong size would put every later tensor in the wrong place."""
-    for name, kind, _, block, size, _ in _core.FORMATS:
+    for name, kind, _, block, size, *_ in _core.FORMATS:
         if kind >= 0 and name in gguf.GGMLQuantizationType.__members__:
             known = gguf.GGMLQuantizationType[name]
             sizes = gguf.GGML_QUANT_SIZES[known] if name != "Q8_1" else (32, 2 + 2 + 32)  # gguf says 40; ggml-common.h has two halves
@@ -213,7 +215,7 @@ def test_every_known_format_is_sized_as_ggml_sizes_it() -> None:
 
 def test_decoders_are_one_file_each() -> None:
     """A block format has its own struct file, and its size is asserted there."""
-    for name, _, _, block, size, _ in READABLE:
+    for name, _, _, block, size, *_ in READABLE:
         if block > 1:
             text = (ROOT / "csrc" / "quant" / f"{name.lower()}.h").read_text()
             assert re.search(rf"AP_ASSERT\(sizeof\(ap_{name.lower()}\) == {size}\b", text), name
@@ -222,7 +224,7 @@ def test_decoders_are_one_file_each() -> None:
 def test_unreadable_is_refused_by_name(tmp_path: Path) -> None:
     from aprender.errors import FormatError
 
-    for name, kind, _, block, size, readable in _core.FORMATS:
+    for name, kind, _, block, size, readable, *_ in _core.FORMATS:
         if not readable and kind >= 0:
             file = one_tensor(tmp_path / f"{name}.gguf", kind, block, bytes(size))
             assert file.tensors[0].format == name

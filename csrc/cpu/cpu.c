@@ -120,7 +120,7 @@ int cpu_split(ap_dev *d, int n, double cost, cpu_task task, void *ctx, ap_err *e
 }
 
 const float *cpu_vector(const ap_weight *w, float *buffer) {
-    w->fmt->decode(w->data, buffer, (size_t)w->cols);
+    ap_format_row(w->fmt, w->data, w->cols, 0, buffer);
     return buffer;
 }
 

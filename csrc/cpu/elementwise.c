@@ -10,7 +10,7 @@ int cpu_EMBED(ap_dev *d, const ap_plan *p, const ap_step *s, ap_err *e) {
     float *out = cpu_place(d, s);
     (void)p; (void)e;
     for (int t = 0; t < s->rows; t++)
-        w->fmt->decode(w->data + (uint64_t)d->tokens[t] * ap_row_bytes(w), out + (size_t)t * (size_t)s->cols, (size_t)s->cols);
+        ap_format_row(w->fmt, w->data, w->cols, d->tokens[t], out + (size_t)t * (size_t)s->cols);
     return AP_OK;
 }
 

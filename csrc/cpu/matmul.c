@@ -14,13 +14,12 @@ typedef struct {
 
 /* Rows first .. first + CPU_GROUP - 1 as float32; past the end the last one again, its result is not stored. */
 static void matmul_rows(const ap_weight *w, int first, float *scratch, const float *row[CPU_GROUP]) {
-    uint64_t bytes = ap_row_bytes(w);
     for (int r = 0; r < CPU_GROUP; r++) {
-        int64_t n = first + r < w->rows ? first + r : w->rows - 1;
-        const uint8_t *src = w->data + (uint64_t)ap_weight_row_at(w, n) * bytes;
-        if (w->fmt == &ap_formats[AP_F_F32] && ((uintptr_t)src & 3) == 0) { row[r] = (const float *)(const void *)src; continue; }
+        int64_t n = ap_weight_row_at(w, first + r < w->rows ? first + r : w->rows - 1);
+        const float *floats = (const float *)(const void *)w->data;
+        if (w->fmt == &ap_formats[AP_F_F32] && ((uintptr_t)floats & 3) == 0) { row[r] = floats + n * w->cols; continue; }
         float *dst = scratch + (size_t)r * (size_t)w->cols;
-        w->fmt->decode(src, dst, (size_t)w->cols);
+        ap_format_row(w->fmt, w->data, w->cols, n, dst);
         row[r] = dst;
     }
 }

@@ -45,5 +45,4 @@ static inline int64_t ap_weight_row_at(const ap_weight *w, int64_t n) {
     int64_t i = n % w->pairs, half = w->pairs / 2;
     return n - i + (i < half ? 2 * i : 2 * (i - half) + 1);
 }
-static inline uint64_t ap_row_bytes(const ap_weight *w) { return (uint64_t)(w->cols / w->fmt->block) * (uint64_t)w->fmt->bytes; }
 #endif

@@ -188,9 +188,9 @@ static PyObject *file_dequantize(PyObject *self, PyObject *name) {
     PyObject *a = PyArray_SimpleNew(t->nd, dim, NPY_FLOAT32);
     if (!a) return NULL;
     float *out = PyArray_DATA((PyArrayObject *)a);
-    size_t n = (size_t)PyArray_SIZE((PyArrayObject *)a);
+    int64_t n = PyArray_SIZE((PyArrayObject *)a), cols = t->nd ? t->dim[t->nd - 1] : 1;
     Py_BEGIN_ALLOW_THREADS
-    t->fmt->decode(t->data, out, n);
+    for (int64_t row = 0; n && row < n / cols; row++) ap_format_row(t->fmt, t->data, cols, row, out + row * cols);
     Py_END_ALLOW_THREADS
     return a;
 }

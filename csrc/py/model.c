@@ -117,7 +117,7 @@ static PyObject *model_weight(PyObject *o, PyObject *args) {
     float *out = PyArray_DATA((PyArrayObject *)a);
     Py_BEGIN_ALLOW_THREADS
     for (int64_t n = 0; n < w->rows; n++)
-        w->fmt->decode(w->data + (uint64_t)ap_weight_row_at(w, n) * ap_row_bytes(w), out + n * w->cols, (size_t)w->cols);
+        ap_format_row(w->fmt, w->data, w->cols, ap_weight_row_at(w, n), out + n * w->cols);
     Py_END_ALLOW_THREADS
     return a;
 }
@@ -126,8 +126,9 @@ static PyObject *model_weight_raw(PyObject *o, PyObject *args) {
     int row = 0;
     const ap_weight *w = model_find(o, args, &row);
     if (!w) return NULL;
-    npy_intp dim[2] = { (npy_intp)w->rows, (npy_intp)ap_row_bytes(w) };
-    return ap_view(ap_model_file(o), w->data, NPY_UINT8, 2, dim);
+    int rows = w->fmt->packing == AP_PACK_ROWS;
+    npy_intp dim[2] = { (npy_intp)w->rows, (npy_intp)ap_format_row_bytes(w->fmt, w->cols) }, whole = (npy_intp)ap_model_of(o)->file->t[w->tensor].bytes;
+    return ap_view(ap_model_file(o), w->data, NPY_UINT8, rows ? 2 : 1, rows ? dim : &whole);
 }
 
 static PyObject *model_arch(PyObject *o, void *unused) { (void)unused; return PyUnicode_FromString(ap_archs[ap_model_of(o)->arch].name); }

@@ -50,7 +50,9 @@ static PyObject *tab_hparam(int i) {
 }
 static PyObject *tab_format(int i) {
     const ap_format *f = &ap_formats[i];
-    return Py_BuildValue("(sisiiN)", f->name, f->gguf, f->safetensors, f->block, f->bytes, PyBool_FromLong(f->decode != NULL));
+    static const char *const packing[] = { "ROWS", "FLAT", "WHOLE" };
+    return Py_BuildValue("(sisiiNisN)", f->name, f->gguf, f->safetensors, f->block, f->bytes, PyBool_FromLong(f->decode != NULL),
+                         f->apr, packing[f->packing], PyBool_FromLong(f->encode != NULL));
 }
 static PyObject *tab_container(int i) { return PyUnicode_FromString(ap_containers[i].name); }
 static PyObject *tab_tier(int i) { return Py_BuildValue("(sN)", ap_tier_name(i), PyBool_FromLong(ap_tier_available(i))); }

@@ -1,27 +1,38 @@
 /*
 ** format.h: what the bits of a stored number mean.  One row of formats.def per format; one file per family with the struct of a block, its size
-** asserted, and `decode`, the plain reference: n values (a multiple of the block) to float32, exact where float32 can hold them.
+** asserted, and `decode`, the plain reference: n values (a multiple of the block) to float32, exact where float32 can hold them.  `encode`, where there is
+** one, writes n values (likewise) with the least error that a short search finds.
 ** No file names, no models, no threads here.  Files and models hold `const ap_format *`.
 */
 #ifndef AP_FORMAT_H
 #define AP_FORMAT_H
 #include <stddef.h>
 #include <stdint.h>
+typedef enum { AP_PACK_ROWS, AP_PACK_FLAT, AP_PACK_WHOLE } ap_packing;      /* how a tensor's blocks lie: see formats.def */
+enum { AP_FORMAT_BLOCK_MAX = 256 };
 typedef struct {
     const char *name;           /* "Q4_K": as the gguf package spells it            */
     int gguf;                   /* ggml type id, -1 when GGUF has none              */
     const char *safetensors;    /* dtype string, "" when safetensors has none       */
+    int apr;                    /* APR's dtype byte, -1 when APR has none            */
     int block, bytes;           /* values and bytes per block                       */
+    ap_packing packing;
     void (*decode)(const void *src, float *dst, size_t n);      /* NULL: can be listed, cannot be read */
+    void (*encode)(const float *src, void *dst, size_t n);      /* NULL: cannot be written              */
 } ap_format;
 typedef enum {
-#define F(name, gguf, st, block, bytes, decode) AP_F_##name,
+#define F(name, gguf, st, apr, block, bytes, packing, decode, encode) AP_F_##name,
 #include "formats.def"
     AP_F_N
 } ap_format_id;
 extern const ap_format ap_formats[AP_F_N];
 const ap_format *ap_format_by_gguf(uint32_t id);                /* NULL when unknown */
 const ap_format *ap_format_by_safetensors(const char *p, size_t n);
+const ap_format *ap_format_by_apr(uint8_t id);
+/* Row `row` of a tensor whose rows have `cols` values, whatever the packing; a last block that is not full is read as far as the row goes. */
+void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int64_t row, float *out);
+/* Bytes of one row of `cols` values where rows begin blocks (ROWS). */
+static inline uint64_t ap_format_row_bytes(const ap_format *f, int64_t cols) { return (uint64_t)((cols + f->block - 1) / f->block) * (uint64_t)f->bytes; }
 /* Half formats, also used by the KV cache later: round to nearest even, NaN kept quiet. */
 float ap_f16_to_f32(uint16_t h);
 float ap_bf16_to_f32(uint16_t h);

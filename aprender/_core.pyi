@@ -32,8 +32,8 @@ _QuirkRow: TypeAlias = tuple[str, str, str]
 """architecture, container, quirk."""
 
 _HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
-"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Where a container has several
-spellings of a key they are separated by blanks, the usual one first."""
+"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Several spellings of a
+key are separated by blanks, the usual one first."""
 
 _FormatRow: TypeAlias = tuple[str, int, str, int, int, bool, int, str, bool]
 """name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read, APR id (-1: none), packing (ROWS:

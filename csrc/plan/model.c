@@ -218,6 +218,7 @@ static int mdl_arch_of(ap_str s) {
 static int mdl_arch(ap_model *m, ap_err *e) {
     ap_spelling in = mdl_spelling(m->file);
     char key[160], usual[160], shown[132] = "";
+    int given = 0;
     const char *rest = mdl_arch_keys[in];
     m->arch = AP_ARCH_N;
     mdl_next(rest, "", usual);
@@ -226,13 +227,13 @@ static int mdl_arch(ap_model *m, ap_err *e) {
         if (!kv) continue;
         if (kv->kind != AP_V_STR) return ap_fail_at(e, in == AP_IN_GGUF ? AP_KV_TYPE : AP_CONFIG, -1, key, "%s must be a string", key);
         int found = mdl_arch_of(kv->s);
-        if (!*shown) ap_show(shown, kv->s.p, kv->s.n);
+        if (!given++) ap_show(shown, kv->s.p, kv->s.n);
         if (found == AP_ARCH_N) continue;
         if (m->arch != AP_ARCH_N && m->arch != found) return ap_fail_at(e, AP_CONFIG, -1, key, "%s names %s, another key %s", key, ap_archs[found].name, ap_archs[m->arch].name);
         m->arch = found;
     }
     if (m->arch < AP_ARCH_N) return AP_OK;
-    if (*shown) return ap_fail_at(e, AP_UNSUPPORTED, -1, usual, "architecture %s is not supported", shown);
+    if (given) return ap_fail_at(e, AP_UNSUPPORTED, -1, usual, "architecture %s is not supported", shown);
     if (in == AP_IN_HF && !m->file->config) return ap_fail_at(e, AP_MISSING, -1, "config.json", "no config.json beside the safetensors file: give the folder that holds both");
     return ap_fail_at(e, AP_MISSING, -1, usual, "the file does not give %s", usual);
 }

@@ -209,6 +209,9 @@ class Model:
     def flags(self) -> frozenset[str]:
         """Rows of FLAGS that are on."""
     @property
+    def quirks(self) -> tuple[str, ...]:
+        """What the container did to the weights (ROPE_PAIRS: q and k rows interleaved); undone when they are read."""
+    @property
     def tied(self) -> bool:
         """Whether the head is the token table."""
     @property

@@ -10,4 +10,7 @@ void ap_f64_decode (const void *src, float *dst, size_t n);
 void ap_i8_decode  (const void *src, float *dst, size_t n);
 void ap_i16_decode (const void *src, float *dst, size_t n);
 void ap_i32_decode (const void *src, float *dst, size_t n);
+void ap_f32_encode (const float *src, void *dst, size_t n);
+void ap_f16_encode (const float *src, void *dst, size_t n);
+void ap_bf16_encode(const float *src, void *dst, size_t n);
 #endif

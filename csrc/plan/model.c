@@ -237,7 +237,8 @@ static void mdl_dims_text(char out[64], const int64_t *dim, int nd) {
 
 /* These can be shown, but float32 would round them, or they are codes whose scales lie in some tensor that this engine does not know. */
 static int mdl_no_weight(const ap_format *f) {
-    return f == &ap_formats[AP_F_F64] || f == &ap_formats[AP_F_I8] || f == &ap_formats[AP_F_I16] || f == &ap_formats[AP_F_I32];
+    int plain = f == &ap_formats[AP_F_F32] || f == &ap_formats[AP_F_F16] || f == &ap_formats[AP_F_BF16];
+    return f->block == 1 && f->packing == AP_PACK_ROWS && !plain;
 }
 
 static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {

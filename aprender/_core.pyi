@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, final
 import numpy as np
 from _typeshed import structseq
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Buffer
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
@@ -163,6 +164,57 @@ class File:
         FormatError
             Code UNSUPPORTED: a format that is listed but cannot be read.
         """
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def encode(format: str, values: ArrayLike, /, *, pad: bool = False, threads: int = 0) -> NDArray[np.uint8]:
+    """The bytes of float32 values in a format; the same for any number of threads.
+
+    Parameters
+    ----------
+    format : str
+        Row of FORMATS that can be written.
+    values : array_like of float32, [..., n]
+        float64 arrays are refused: the caller rounds, and knows it.
+    pad : bool, optional
+        Fill up each row with zeros to whole blocks, where the packing is ROWS and n is no multiple of the block.
+    threads : int, optional
+        All cores if 0.
+
+    Returns
+    -------
+    uint8 array
+        [..., bytes of a row] where the packing is ROWS; else [bytes], with the last block filled up.
+
+    Raises
+    ------
+    ArgumentError
+        A format that cannot be written.  Code VALUE: the first value that the format cannot hold, which is one that is not finite or that
+        would need a larger scale than there is; F32, F16 and BF16 hold any.
+    FormatError
+        Code BLOCK: rows that do not fill their blocks, without `pad`.
+    TypeError
+        Values that are not float32 and would have to be rounded.
+    """
+
+def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[np.float32]:
+    """The values that bytes mean in a format: [*shape], by the reference decoder.
+
+    Parameters
+    ----------
+    format : str
+        Row of FORMATS that can be read.
+    data : bytes-like, contiguous
+    shape : tuple of int
+        Outermost first; the last one is a row.
+
+    Raises
+    ------
+    ArgumentError
+        A format that cannot be read, or a negative dimension.
+    FormatError
+        Code SIZE: `data` has more or fewer bytes than that shape takes.
+    """
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,18 @@ class File:
             Code UNSUPPORTED: a format that is listed but cannot be read.
         """
 
+def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:
+    """One APRT file: its layer (None: the whole model) and its values, [count], a read-only view whose bits are those of the file.
+
+    Raises
+    ------
+    FormatError
+        TRUNCATED, BAD_MAGIC, GAP (bytes that the header does not count), NOT_REGULAR.
+    OSError
+        It cannot be read.
+    MemoryError
+    """
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 @final

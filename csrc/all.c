@@ -35,6 +35,7 @@
 #include "file/file.c"
 #include "file/gguf.c"
 #include "file/safetensors.c"
+#include "file/aprt.c"
 /* 3 plan: the tables; file -> model -> plan */
 #include "plan/tables.c"
 #include "plan/model.c"
@@ -53,6 +54,7 @@
 #include "py/tables.c"
 #include "py/errors.c"
 #include "py/file.c"
+#include "py/aprt.c"
 #include "py/model.c"
 #include "py/run.c"
 #include "py/module.c"

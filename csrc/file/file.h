@@ -55,6 +55,7 @@ extern const int ap_containers_n;
 int   ap_file_tensor_bytes(ap_tensor *t, int64_t at, ap_err *e);          /* bytes from dim and fmt; AP_SHAPE, AP_BLOCK          */
 int   ap_file_name_ok(ap_str s, uint64_t max, const char *what, int64_t at, ap_err *e);   /* 1..max bytes, UTF-8, no controls   */
 int   ap_file_beside(const ap_file *f, const char *name, char **p, uint64_t *n, ap_err *e);  /* the file of that name in f's folder; *p stays NULL when there is none */
+int   ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e);   /* of a regular file; *p is the caller's to ap_free */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */

@@ -266,7 +266,7 @@ def _replace(captures: Captures, keys: list[Key], where: Path, stale: set[str]) 
     sync_folder(where)
     notes = {key: _write_file(captures, key, where) for key in keys}
     for name in stale:
-        (where / name).unlink()
+        (where / name).unlink(missing_ok=True)  # a temporary file of a killed writer may have been used again
     for path in {(where / name).parent for name in stale} - {where}:
         with suppress(OSError):  # not empty
             path.rmdir()

@@ -93,8 +93,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(folder) / LOCK
     with os.fdopen(_hold(path), "r+b", buffering=0) as lock:
-        lock.write(_HOLDER + b"%d\n" % os.getpid())
         try:
+            lock.write(_HOLDER + b"%d\n" % os.getpid())
             yield lock
         finally:
             path.unlink(missing_ok=True)

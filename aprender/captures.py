@@ -14,6 +14,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -369,7 +370,12 @@ def _save(captures: Captures, where: Path) -> Manifest:
     for name in sorted(set(os.listdir(where)) - {file_name(key[1]) for key in captures} - {LOCK}):
         (where / name).unlink()
     manifest = replace(captures.manifest, tensors=notes, schema=SCHEMA)
-    _write(where / MANIFEST, manifest.to_json().encode())
+    try:
+        _write(where / MANIFEST, manifest.to_json().encode())
+    except BaseException:  # the last sync may have failed, with the file in its place
+        with suppress(OSError):
+            (where / MANIFEST).unlink(missing_ok=True)
+        raise
     return manifest
 
 

@@ -11,7 +11,8 @@
 #include "file.h"
 
 enum { ST_LENGTH = 8, ST_NAME = 255, ST_KEY = 255 };
-typedef struct { ap_file *f; ap_json j; uint64_t data; uint64_t cap; } st_reader;      /* data: where the data section begins; cap: of f->t */
+/* data: where the data section begins; n: entries so far */
+typedef struct { ap_file *f; ap_json j; uint64_t data; int n; } st_reader;
 
 int ap_safetensors_sniff(const uint8_t *p, uint64_t n);
 int ap_safetensors_parse(ap_file *f, ap_err *e);
@@ -148,12 +149,11 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
         return st_metadata(r, e);
     }
     AP_TRY(ap_file_name_ok(name, ST_NAME, "tensor", at, e));
-    if (f->nt == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, at, NULL, "more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
-    ap_tensor *t = ap_file_room(f->t, f->nt, &r->cap, sizeof *t);
-    if (!t) return st_memory(e);
-    f->t = t;
-    t[f->nt].name = name;
-    return st_tensor(r, &t[f->nt++], e);
+    if (r->n == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, at, NULL, "more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
+    ap_tensor ahead = { .nd = 0 }, *t = f->t ? &f->t[r->n] : &ahead;
+    t->name = name;
+    r->n++;
+    return st_tensor(r, t, e);
 }
 
 /* --- the header ------------------------------------------------------------------------------------------------------------------------ */
@@ -206,6 +206,7 @@ static int st_cover(const st_reader *r, ap_err *e) {
     return ap_fail_at(e, AP_GAP, (int64_t)next, NULL, "%llu bytes after the last tensor belong to nothing", (unsigned long long)(f->n - next));
 }
 
+/* One walk, done twice: first to count (f->t NULL), then to fill memory that is exactly large enough. */
 static int st_header(st_reader *r, ap_err *e) {
     ap_jkind kind;
     int metadata = 0;
@@ -215,15 +216,27 @@ static int st_header(st_reader *r, ap_err *e) {
         if (kind == AP_J_OBJ_END) break;
         AP_TRY(st_entry(r, &metadata, e));
     }
-    if (r->f->nt) qsort(r->f->t, (size_t)r->f->nt, sizeof *r->f->t, st_by_place);
+    return AP_OK;
+}
+
+static int st_tensors(st_reader *r, ap_err *e) {
+    st_reader again = *r;
+    ap_file *f = r->f;
+    AP_TRY(st_header(r, e));
+    f->text_n = 0;
+    f->t = ap_alloc((uint64_t)r->n, sizeof *f->t);
+    if (!f->t) return st_memory(e);
+    AP_TRY(st_header(&again, e));
+    f->nt = again.n;
+    if (f->nt) qsort(f->t, (size_t)f->nt, sizeof *f->t, st_by_place);
     return AP_OK;
 }
 
 /* --- config.json ----------------------------------------------------------------------------------------------------------------------- */
 
 /* One walk, done twice: first to count (kv NULL), then to fill.  path holds the dotted key of the member being read; len[d] is how much of it belongs to
-** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays (st_drop_objects).  In an array
-** nothing is looked at but the grammar. */
+** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays (st_drop_objects).  Of an
+** array the text is kept. */
 typedef struct { ap_json j; ap_kv *kv; int n; uint64_t text; char path[ST_KEY + 1]; uint64_t len[AP_JSON_DEPTH + 1]; } st_config;
 
 static int st_config_key(st_config *c, ap_err *e) {
@@ -252,6 +265,58 @@ static int st_empty_object(const ap_json *j, uint64_t from, ap_str *s) {
     return i < j->n && j->p[i] == '}';
 }
 
+/* The arrays and objects inside the array that begins at `from`: how many keys they have and how long these are. */
+static int st_array_size(ap_json j, uint64_t *keys, uint64_t *bytes, ap_err *e) {
+    ap_jkind kind;
+    *keys = *bytes = 0;
+    do {
+        AP_TRY(ap_json_next(&j, &kind, e));
+        if (kind == AP_J_KEY) { ++*keys; *bytes += j.span.n; }
+    } while (j.depth);
+    return AP_OK;
+}
+
+/* Each key behind the number of its object: two equal ones are one object's key given twice. */
+static int st_array_keys(ap_json j, ap_str *key, char *text, uint64_t room, ap_err *e) {
+    uint32_t object[AP_JSON_DEPTH + 1], objects = 0;
+    ap_jkind kind;
+    uint64_t at = 0;
+    do {
+        AP_TRY(ap_json_next(&j, &kind, e));
+        if (kind == AP_J_OBJ) object[j.depth] = ++objects;
+        if (kind != AP_J_KEY) continue;
+        key->p = text + at;
+        memcpy(text + at, &object[j.depth], sizeof *object);
+        at += sizeof *object;
+        AP_TRY(ap_json_text(&j, j.span, text + at, room - at, &key->n, e));
+        at += key->n;
+        key++->n += sizeof *object;
+    } while (j.depth);
+    return AP_OK;
+}
+
+/* Nothing of an array is read here, but an object in it that has a key twice would be read differently by two readers. */
+static int st_array_twice(const ap_json *around, uint64_t from, ap_err *e) {
+    ap_json j;
+    uint64_t keys, bytes, room;
+    ap_json_init(&j, around->p, around->pos);
+    j.pos = from;
+    AP_TRY(st_array_size(j, &keys, &bytes, e));
+    if (keys < 2) return AP_OK;
+    if (keys > AP_LIMIT_KV) return ap_fail_at(e, AP_LIMIT, (int64_t)from, "config.json", "config.json has more than %u keys in an array", (unsigned)AP_LIMIT_KV);
+    room = bytes + keys * sizeof(uint32_t);     /* of a text of at most AP_LIMIT_HEADER bytes */
+    ap_str *key = ap_alloc(keys, sizeof *key);
+    char *text = ap_alloc(room, 1);
+    int *order = ap_alloc(keys, sizeof *order);
+    int rc = key && text && order ? st_array_keys(j, key, text, room, e) : st_memory(e);
+    if (!rc && ap_file_twice(key, (int)keys, sizeof *key, order))
+        rc = ap_fail_at(e, AP_DUPLICATE, (int64_t)from, "config.json", "config.json: an object in the array at byte %llu has a key twice", (unsigned long long)from);
+    ap_free(order);
+    ap_free(text);
+    ap_free(key);
+    return rc;
+}
+
 /* The value that was just begun, as a pair.  n of an object says, until st_drop_objects, that it has members. */
 static int st_config_value(st_config *c, ap_jkind kind, ap_file *f, ap_err *e) {
     uint64_t from = c->j.pos - 1, n = c->len[c->j.depth - (kind == AP_J_OBJ || kind == AP_J_ARR)];
@@ -261,6 +326,7 @@ static int st_config_value(st_config *c, ap_jkind kind, ap_file *f, ap_err *e) {
     if (kind == AP_J_ARR) {
         for (int depth = c->j.depth; c->j.depth >= depth; ) AP_TRY(ap_json_next(&c->j, &kind, e));
         kv.s = (ap_str){ c->j.p + from, c->j.pos - from };
+        if (c->kv) AP_TRY(st_array_twice(&c->j, from, e));
     }
     if (kind == AP_J_OBJ) kv.n = !st_empty_object(&c->j, from, &kv.s);
     if (kind == AP_J_NULL) kv.kind = AP_V_NULL;
@@ -315,7 +381,7 @@ int ap_safetensors_parse(ap_file *f, ap_err *e) {
     if (!f->config) AP_TRY(ap_file_beside(f, "config.json", &f->config, &f->config_n, e));
     AP_TRY(st_config_read(&c, f, e));
     if (!ap_add_ok(r.j.n, c.text, &room) || !(f->text = ap_alloc(room, 1)) || !(f->kv = c.kv = ap_alloc((uint64_t)c.n, sizeof *c.kv))) return st_memory(e);
-    AP_TRY(st_header(&r, e));
+    AP_TRY(st_tensors(&r, e));
     AP_TRY(st_config_read(&c, f, e));
     f->nkv = c.n;
     AP_TRY(ap_file_index(f, e));

@@ -417,5 +417,8 @@ def _fail_allocation(n: int, /) -> None:
 def _live_bytes() -> int:
     """Bytes that the core holds."""
 
+def _peak_bytes() -> int:
+    """For tests: most bytes that the core held at once since the last call of this."""
+
 def _allocations() -> int:
     """Allocations of the core so far."""

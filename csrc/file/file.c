@@ -409,13 +409,14 @@ static int file_refuse_twice(const ap_file *f, const char *what, ap_str s, ap_er
 }
 
 int ap_file_index(ap_file *f, ap_err *e) {
-    int *order = ap_alloc((uint64_t)(f->nt > f->nkv ? f->nt : f->nkv), sizeof *order);
-    f->by_name = ap_alloc((uint64_t)f->nt, sizeof *f->by_name);
-    if (!order || !f->by_name) { ap_free(order); return file_memory((uint64_t)f->nt * sizeof *order, e); }
+    int *order = ap_alloc((uint64_t)f->nkv, sizeof *order);
+    if (!order) return file_memory((uint64_t)f->nkv * sizeof *order, e);
     int key = ap_file_twice(f->kv, f->nkv, sizeof *f->kv, order), rc = AP_OK;
     if (key) rc = file_refuse_twice(f, "key", f->kv[order[key]].key, e);
     ap_free(order);
     if (rc) return rc;
+    f->by_name = ap_alloc((uint64_t)f->nt, sizeof *f->by_name);
+    if (!f->by_name) return file_memory((uint64_t)f->nt * sizeof *f->by_name, e);
     int name = ap_file_twice(f->t, f->nt, sizeof *f->t, f->by_name);
     return name ? file_refuse_twice(f, "tensor", f->t[f->by_name[name]].name, e) : AP_OK;
 }

@@ -76,6 +76,7 @@ void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* roo
 /* Limits: each is refused with AP_LIMIT. */
 #define AP_LIMIT_TENSORS   1000000u
 #define AP_LIMIT_KV        1000000u
+#define AP_LIMIT_METADATA  (1u << 30)
 #define AP_LIMIT_STRING    (64u << 20)
 #define AP_LIMIT_HEADER    100000000u
 #define AP_LIMIT_SHARDS    4096

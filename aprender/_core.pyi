@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, final
 import numpy as np
 from _typeshed import structseq
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Buffer
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
@@ -32,7 +33,8 @@ _QuirkRow: TypeAlias = tuple[str, str, str]
 """architecture, container, quirk."""
 
 _HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
-"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, its older spelling, need (REQUIRED DERIVED)."""
+"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Several spellings of a
+key are separated by blanks, the usual one first."""
 
 _FormatRow: TypeAlias = tuple[str, int, str, int, int, bool, int, str, bool]
 """name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read, APR id (-1: none), packing (ROWS:
@@ -59,10 +61,10 @@ ERRORS: Final[tuple[_ErrorRow, ...]]
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 @final
-class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
+class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int, int]):
     """A tensor of a file."""
 
-    __match_args__: Final = ("name", "format", "shape", "nbytes", "offset")
+    __match_args__: Final = ("name", "format", "shape", "nbytes", "offset", "part")
     @property
     def name(self) -> str: ...
     @property
@@ -76,11 +78,16 @@ class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
         """Bytes in the file."""
     @property
     def offset(self) -> int:
-        """Of the first byte, in the file."""
+        """Of the first byte, in its file."""
+    @property
+    def part(self) -> int:
+        """Index in ``File.parts``: the file that holds it."""
 
 @final
 class File:
-    """An opened container: GGUF, safetensors, or a folder with model.safetensors and config.json.
+    """An opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json.
+
+    A model in several files is opened by its folder, its index, or the first part of a split GGUF.
 
     Every range is checked here, before a byte is handed out.
 
@@ -104,7 +111,14 @@ class File:
     def version(self) -> int:
         """Of the container; 0 where it has none."""
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Of all parts together."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The files of the model: the opened one, then its shards."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the file and no error, in words."""
     @property
     def metadata(self) -> dict[str, Any]:
         """Every key and value, built anew; config.json is flattened with dots.
@@ -127,6 +141,19 @@ class File:
         UnknownName
             No tensor of that name.
         """
+    def verify(self) -> bool:
+        """Read every byte against the checksum of the container.
+
+        Returns
+        -------
+        bool
+            False where the container has none.
+
+        Raises
+        ------
+        FormatError
+            Code CHECKSUM: the file is damaged.
+        """
     def dequantize(self, name: str, /) -> NDArray[np.float32]:
         """The values of a tensor, by the reference decoder.
 
@@ -137,6 +164,57 @@ class File:
         FormatError
             Code UNSUPPORTED: a format that is listed but cannot be read.
         """
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def encode(format: str, values: ArrayLike, /, *, pad: bool = False, threads: int = 0) -> NDArray[np.uint8]:
+    """The bytes of float32 values in a format; the same for any number of threads.
+
+    Parameters
+    ----------
+    format : str
+        Row of FORMATS that can be written.
+    values : array_like of float32, [..., n]
+        float64 arrays are refused: the caller rounds, and knows it.
+    pad : bool, optional
+        Fill up each row with zeros to whole blocks, where the packing is ROWS and n is no multiple of the block.
+    threads : int, optional
+        All cores if 0.
+
+    Returns
+    -------
+    uint8 array
+        [..., bytes of a row] where the packing is ROWS; else [bytes], with the last block filled up.
+
+    Raises
+    ------
+    ArgumentError
+        A format that cannot be written.  Code VALUE: the first value that the format cannot hold, which is one that is not finite or that
+        would need a larger scale than there is; F32, F16 and BF16 hold any.
+    FormatError
+        Code BLOCK: rows that do not fill their blocks, without `pad`.
+    TypeError
+        Values that are not float32 and would have to be rounded.
+    """
+
+def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[np.float32]:
+    """The values that bytes mean in a format: [*shape], by the reference decoder.
+
+    Parameters
+    ----------
+    format : str
+        Row of FORMATS that can be read.
+    data : bytes-like, contiguous
+    shape : tuple of int
+        Outermost first; the last one is a row.
+
+    Raises
+    ------
+    ArgumentError
+        A format that cannot be read, or a negative dimension.
+    FormatError
+        Code SIZE: `data` has more or fewer bytes than that shape takes.
+    """
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -182,6 +260,9 @@ class Model:
     @property
     def flags(self) -> frozenset[str]:
         """Rows of FLAGS that are on."""
+    @property
+    def quirks(self) -> tuple[str, ...]:
+        """What the container did to the weights (ROPE_PAIRS: q and k rows interleaved); undone when they are read."""
     @property
     def tied(self) -> bool:
         """Whether the head is the token table."""

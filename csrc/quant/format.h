@@ -1,7 +1,7 @@
 /*
 ** format.h: what the bits of a stored number mean.  One row of formats.def per format; one file per family with the struct of a block, its size
 ** asserted, and `decode`, the plain reference: n values (a multiple of the block) to float32, exact where float32 can hold them.  `encode`, where there is
-** one, writes n values (likewise) with the least error that a short search finds.
+** one, writes n values (likewise; a WHOLE tensor at once) with the least error that a short search finds; none of them may exceed `limit`.
 ** No file names, no models, no threads here.  Files and models hold `const ap_format *`.
 */
 #ifndef AP_FORMAT_H
@@ -19,9 +19,10 @@ typedef struct {
     ap_packing packing;
     void (*decode)(const void *src, float *dst, size_t n);      /* NULL: can be listed, cannot be read */
     void (*encode)(const float *src, void *dst, size_t n);      /* NULL: cannot be written              */
+    float limit;                /* the greatest magnitude that encode takes; infinite: any value, NaN too */
 } ap_format;
 typedef enum {
-#define F(name, gguf, st, apr, block, bytes, packing, decode, encode) AP_F_##name,
+#define F(name, gguf, st, apr, block, bytes, packing, decode, encode, limit) AP_F_##name,
 #include "formats.def"
     AP_F_N
 } ap_format_id;
@@ -31,11 +32,18 @@ const ap_format *ap_format_by_safetensors(const char *p, size_t n);
 const ap_format *ap_format_by_apr(uint8_t id);
 /* Row `row` of a tensor whose rows have `cols` values, whatever the packing; a last block that is not full is read as far as the row goes. */
 void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int64_t row, float *out);
+/* Encodes n values, the last block filled up with zeros. */
+void ap_format_encode(const ap_format *f, const float *src, int64_t n, uint8_t *dst);
+/* Bytes of a tensor of rows x cols values, last blocks filled up; 0 when the size overflows. */
+int ap_format_bytes(const ap_format *f, int64_t rows, int64_t cols, uint64_t *bytes);
+const ap_format *ap_format_by_name(const char *name);
 /* Bytes of one row of `cols` values where rows begin blocks (ROWS). */
 static inline uint64_t ap_format_row_bytes(const ap_format *f, int64_t cols) { return (uint64_t)((cols + f->block - 1) / f->block) * (uint64_t)f->bytes; }
 /* Half formats, also used by the KV cache later: round to nearest even, NaN kept quiet. */
 float ap_f16_to_f32(uint16_t h);
 float ap_bf16_to_f32(uint16_t h);
+uint16_t ap_f32_to_f16(float x);
+uint16_t ap_f32_to_bf16(float x);
 
 /* A block's struct is bytes only, so a block may stand at any address, and its integers are unpacked by inline functions that both compilers share. */
 #ifdef __cplusplus
@@ -49,4 +57,6 @@ float ap_bf16_to_f32(uint16_t h);
 #define AP_HD static inline
 #endif
 AP_HD uint16_t ap_le16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+AP_HD uint32_t ap_le32(const uint8_t *p) { return ap_le16(p) | (uint32_t)ap_le16(p + 2) << 16; }
+AP_HD void ap_put_le16(uint8_t *p, uint16_t h) { p[0] = (uint8_t)h; p[1] = (uint8_t)(h >> 8); }
 #endif

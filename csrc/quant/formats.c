@@ -2,14 +2,27 @@
 ** formats.c: formats.def as an array, the ways to find a row of it, and the one way to read a row of a tensor.  It owns that constant array and refuses
 ** nothing: an unknown id is NULL and the container that met it says so.  The containers call it at open; everything above holds the pointer.
 */
+#include <math.h>
 #include <string.h>
+#include "../base/num.h"
 #include "format.h"
 #include "apr_q4.h"
 #include "apr_q8.h"
+#include "f8.h"
+#include "iq1_m.h"
+#include "iq1_s.h"
+#include "iq2_s.h"
+#include "iq2_xs.h"
+#include "iq2_xxs.h"
+#include "iq3_s.h"
+#include "iq3_xxs.h"
 #include "iq4_nl.h"
 #include "iq4_xs.h"
 #include "mxfp4.h"
+#include "nvfp4.h"
 #include "plain.h"
+#include "q1_0.h"
+#include "q2_0.h"
 #include "q2_k.h"
 #include "q3_k.h"
 #include "q4_0.h"
@@ -22,9 +35,11 @@
 #include "q8_0.h"
 #include "q8_1.h"
 #include "q8_k.h"
+#include "tq1_0.h"
+#include "tq2_0.h"
 
 const ap_format ap_formats[AP_F_N] = {
-#define F(name, gguf, st, apr, block, bytes, packing, decode, encode) { #name, gguf, st, apr, block, bytes, AP_PACK_##packing, decode, encode },
+#define F(name, gguf, st, apr, block, bytes, packing, decode, encode, limit) { #name, gguf, st, apr, block, bytes, AP_PACK_##packing, decode, encode, limit },
 #include "formats.def"
 };
 
@@ -45,6 +60,19 @@ const ap_format *ap_format_by_apr(uint8_t id) {
     for (int i = 0; i < AP_F_N; i++)
         if (ap_formats[i].apr == id) return &ap_formats[i];
     return NULL;
+}
+
+const ap_format *ap_format_by_name(const char *name) {
+    for (int i = 0; i < AP_F_N; i++)
+        if (!strcmp(ap_formats[i].name, name)) return &ap_formats[i];
+    return NULL;
+}
+
+int ap_format_bytes(const ap_format *f, int64_t rows, int64_t cols, uint64_t *bytes) {
+    uint64_t r = (uint64_t)rows, c = (uint64_t)cols, n, block = (uint64_t)f->block;
+    if (f->packing != AP_PACK_ROWS) { if (!ap_mul_ok(r, c, &c)) return 0; r = 1; }          /* one long row */
+    if (!ap_add_ok(c, block - 1, &n) || !ap_mul_ok(n / block, (uint64_t)f->bytes, &n) || !ap_mul_ok(n, r, bytes)) return 0;
+    return f->packing != AP_PACK_WHOLE || ap_add_ok(*bytes, AP_APR_Q8_SCALE, bytes);
 }
 
 /* n values from value `first` of a run of blocks on; only a block that is not wanted whole goes through a buffer. */
@@ -72,4 +100,13 @@ void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int6
     case AP_PACK_FLAT:  format_span(f, tensor, row * cols, out, cols); return;
     case AP_PACK_WHOLE: ap_apr_q8_values(tensor, row * cols, out, (size_t)cols); return;
     }
+}
+
+void ap_format_encode(const ap_format *f, const float *src, int64_t n, uint8_t *dst) {
+    float last[AP_FORMAT_BLOCK_MAX] = { 0 };
+    int64_t rest = n % f->block, whole = n - rest;
+    f->encode(src, dst, (size_t)whole);
+    if (!rest) return;
+    memcpy(last, src + whole, (size_t)rest * sizeof *last);
+    f->encode(last, dst + (uint64_t)(whole / f->block) * (uint64_t)f->bytes, (size_t)f->block);
 }

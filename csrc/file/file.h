@@ -14,11 +14,11 @@ typedef struct {
     ap_str name;
     const ap_format *fmt;
     int nd;
+    int part;                       /* 0: this file; i: its shard i - 1     */
     int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
     const uint8_t *data;
     uint64_t bytes;
     uint64_t offset;                /* of data in the file, or in the shard */
-    int part;                       /* 0: this file; i: its shard i - 1     */
 } ap_tensor;
 
 typedef enum { AP_V_INT, AP_V_UINT, AP_V_FLOAT, AP_V_BOOL, AP_V_STR, AP_V_ARR, AP_V_NULL, AP_V_JSON } ap_vkind;

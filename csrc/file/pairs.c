@@ -9,7 +9,8 @@
 #include "file.h"
 
 /* One walk, done twice: first to count (kv NULL), then to fill.  path holds the dotted key of the member being read; len[d] is how much of it belongs to
-** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays.  Of an array the text is kept. */
+** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays.  Of an array the text
+** stays. */
 enum { PAIRS_KEY = 255 };
 typedef struct {
     ap_json j;
@@ -53,7 +54,7 @@ static int pairs_string(pairs_walk *c, ap_str span, ap_str *out, ap_err *e) {
     return AP_OK;
 }
 
-/* The arrays and objects inside the array that begins at `from`: how many keys they have and how long these are. */
+/* What lies in the array at j: how many keys and how long they are. */
 static int pairs_array_size(ap_json j, uint64_t *keys, uint64_t *bytes, ap_err *e) {
     ap_jkind kind;
     *keys = *bytes = 0;
@@ -83,7 +84,7 @@ static int pairs_array_keys(ap_json j, ap_str *key, char *text, uint64_t room, a
     return AP_OK;
 }
 
-/* Nothing of an array is read here, but an object in it that has a key twice would be read differently by two readers. */
+/* Nothing of the array that begins at `from` is read here, but an object in it with a key twice would be two things to two readers. */
 static int pairs_array_twice(const pairs_walk *c, uint64_t from, ap_err *e) {
     ap_json j;
     uint64_t keys, bytes, room;
@@ -91,7 +92,7 @@ static int pairs_array_twice(const pairs_walk *c, uint64_t from, ap_err *e) {
     j.pos = from;
     AP_TRY(pairs_array_size(j, &keys, &bytes, e));
     if (keys < 2) return AP_OK;
-    if (keys > AP_LIMIT_KV) return ap_fail_at(e, AP_LIMIT, (int64_t)from, c->what, "%s has more than %u keys in an array", c->what, (unsigned)AP_LIMIT_KV);
+    if (keys > AP_LIMIT_KV) return ap_fail_at(e, AP_LIMIT, (int64_t)from, c->what, "%s has an array with more than %u keys", c->what, (unsigned)AP_LIMIT_KV);
     room = bytes + keys * sizeof(uint32_t);     /* of a text of at most AP_LIMIT_HEADER bytes */
     ap_str *key = ap_alloc(keys, sizeof *key);
     char *text = ap_alloc(room, 1);

@@ -11,8 +11,7 @@
 #include "file.h"
 
 enum { ST_LENGTH = 8, ST_NAME = 255 };
-/* data: where the data section begins; n: entries so far */
-typedef struct { ap_file *f; ap_json j; uint64_t data; int n; } st_reader;
+typedef struct { ap_file *f; ap_json j; uint64_t data; int n; } st_reader;      /* data: where the data section begins; n: tensors so far */
 
 int ap_safetensors_sniff(const uint8_t *p, uint64_t n);
 int ap_safetensors_parse(ap_file *f, ap_err *e);

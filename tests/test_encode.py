@@ -118,6 +118,8 @@ def populations() -> dict[str, NDArray[np.float32]]:
         "one magnitude": generator.choice([-1.0, 1.0], shape),
         "large": gaussian * 1e4,
         "small": gaussian * 1e-5,  # their sub-scales are subnormal halves
+        "tiny": gaussian * 1e-30,
+        "subnormal": gaussian * 1e-40,
         "zero": np.zeros(shape),
     }
     return {name: x.astype(np.float32) for name, x in made.items()}

@@ -167,7 +167,7 @@ def test_wrong_shapes_show_both(shape: tiny.Shape, container: str, tmp_path: Pat
             assert problem.field == stored(container, name)
 
 
-@pytest.mark.parametrize(("name", "size"), [("F8_E4M3", 1), ("F64", 8), ("I8", 1), ("I16", 2), ("I32", 4)])
+@pytest.mark.parametrize(("name", "size"), [("F8_E4M3", 1), ("F64", 8), ("I8", 1), ("I16", 2), ("I32", 4), ("U64", 8), ("BOOL", 1)])
 def test_unreadable_format_is_refused(name: str, size: int, tmp_path: Path) -> None:
     """And a readable one whose numbers float32 cannot hold, or that are codes of a scheme unknown here."""
     made: dict[str, Any] = {name: blob(array) for name, array in tiny.weights(ONE).items()}

@@ -5,9 +5,13 @@
 */
 #include "../base/tiers.h"
 #include "apr_q4.h"
+#include "iq4_nl.h"
+#include "iq4_xs.h"
 #include "plain.h"
 #include "q4_0.h"
 #include "q4_k.h"
+#include "q5_0.h"
+#include "q5_k.h"
 #include "q6_k.h"
 #include "q8_0.h"
 
@@ -77,6 +81,54 @@ AP_TARGET_AVX2 static void fast_apr_q4_avx2(const void *src, float *dst, size_t 
     }
 }
 
+/* 16 where bit i of the 16 bits h is set. */
+AP_TARGET_AVX2 static inline __m128i fast_fifth(const uint8_t *h) {
+    __m128i bit = _mm_set1_epi64x((long long)0x8040201008040201u), byte = _mm_set_epi64x(0x0101010101010101, 0);
+    __m128i spread = _mm_shuffle_epi8(_mm_cvtsi32_si128(ap_le16(h)), byte);
+    return _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(spread, bit), bit), _mm_set1_epi8(16));
+}
+
+AP_TARGET_AVX2 static void fast_q5_0_avx2(const void *src, float *dst, size_t n) {
+    const ap_q5_0 *b = src;
+    for (; n >= 32; n -= 32, dst += 32, b++) {
+        __m256 d = _mm256_set1_ps(fast_half(b->d));
+        __m128i q = fast_16(b->q), sixteen = _mm_set1_epi8(16);
+        fast_scale16(dst, _mm_sub_epi8(_mm_or_si128(fast_low(q), fast_fifth(b->h)), sixteen), d);
+        fast_scale16(dst + 16, _mm_sub_epi8(_mm_or_si128(fast_high(q), fast_fifth(b->h + 2)), sixteen), d);
+    }
+}
+
+AP_TARGET_AVX2 static inline __m128i fast_levels(void) {
+    int8_t level[16];
+    for (int q = 0; q < 16; q++) level[q] = (int8_t)ap_iq4_level(q);
+    return fast_16(level);
+}
+
+AP_TARGET_AVX2 static void fast_iq4_nl_avx2(const void *src, float *dst, size_t n) {
+    const ap_iq4_nl *b = src;
+    __m128i level = fast_levels();
+    for (; n >= 32; n -= 32, dst += 32, b++) {
+        __m256 d = _mm256_set1_ps(fast_half(b->d));
+        __m128i q = fast_16(b->q);
+        fast_scale16(dst, _mm_shuffle_epi8(level, fast_low(q)), d);
+        fast_scale16(dst + 16, _mm_shuffle_epi8(level, fast_high(q)), d);
+    }
+}
+
+AP_TARGET_AVX2 static void fast_iq4_xs_avx2(const void *src, float *dst, size_t n) {
+    const ap_iq4_xs *b = src;
+    __m128i level = fast_levels();
+    for (; n >= 256; n -= 256, b++) {
+        float d = fast_half(b->d);
+        for (int g = 0; g < 8; g++, dst += 32) {
+            __m256 scale = _mm256_set1_ps(d * (float)ap_iq4_xs_scale(b, g));
+            __m128i q = fast_16(b->q + g * 16);
+            fast_scale16(dst, _mm_shuffle_epi8(level, fast_low(q)), scale);
+            fast_scale16(dst + 16, _mm_shuffle_epi8(level, fast_high(q)), scale);
+        }
+    }
+}
+
 AP_TARGET_AVX2 static void fast_q4_k_avx2(const void *src, float *dst, size_t n) {
     const ap_q4_k *b = src;
     for (; n >= 256; n -= 256, b++) {
@@ -90,6 +142,26 @@ AP_TARGET_AVX2 static void fast_q4_k_avx2(const void *src, float *dst, size_t n)
             min = _mm256_set1_ps(dmin * (float)ap_q4_k_min(b->s, g + 1));
             fast_line16(dst + 32, fast_high(first), scale, min);
             fast_line16(dst + 48, fast_high(second), scale, min);
+        }
+    }
+}
+
+/* Bit g of 16 bytes as the fifth bit of 16 numbers. */
+AP_TARGET_AVX2 static inline __m128i fast_bit(__m128i bytes, int g) {
+    return _mm_slli_epi16(_mm_and_si128(_mm_srl_epi16(bytes, _mm_cvtsi32_si128(g)), _mm_set1_epi8(1)), 4);
+}
+
+AP_TARGET_AVX2 static void fast_q5_k_avx2(const void *src, float *dst, size_t n) {
+    const ap_q5_k *b = src;
+    for (; n >= 256; n -= 256, b++) {
+        float d = fast_half(b->d), dmin = fast_half(b->dmin);
+        __m128i tops[2] = { fast_16(b->h), fast_16(b->h + 16) };
+        for (int g = 0; g < 8; g++, dst += 32) {
+            __m256 scale = _mm256_set1_ps(d * (float)ap_q4_k_scale(b->s, g)), min = _mm256_set1_ps(dmin * (float)ap_q4_k_min(b->s, g));
+            for (int i = 0; i < 2; i++) {
+                __m128i q = fast_16(b->q + (g >> 1) * 32 + i * 16);
+                fast_line16(dst + i * 16, _mm_or_si128(g & 1 ? fast_high(q) : fast_low(q), fast_bit(tops[i], g)), scale, min);
+            }
         }
     }
 }
@@ -122,7 +194,8 @@ static const ap_decode fast_decode[AP_TIER_N][AP_F_N] = {
 #if defined(__x86_64__)
     [AP_TIER_avx2] = {
         [AP_F_F16] = fast_f16_avx2, [AP_F_BF16] = fast_bf16_avx2, [AP_F_Q8_0] = fast_q8_0_avx2, [AP_F_Q4_0] = fast_q4_0_avx2,
-        [AP_F_Q4_K] = fast_q4_k_avx2, [AP_F_Q6_K] = fast_q6_k_avx2, [AP_F_APR_Q4] = fast_apr_q4_avx2,
+        [AP_F_Q5_0] = fast_q5_0_avx2, [AP_F_Q4_K] = fast_q4_k_avx2, [AP_F_Q5_K] = fast_q5_k_avx2, [AP_F_Q6_K] = fast_q6_k_avx2,
+        [AP_F_IQ4_NL] = fast_iq4_nl_avx2, [AP_F_IQ4_XS] = fast_iq4_xs_avx2, [AP_F_APR_Q4] = fast_apr_q4_avx2,
     },
 #endif
 };

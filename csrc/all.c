@@ -46,6 +46,7 @@
 #include "quant/apr_q4.c"
 #include "quant/apr_q8.c"
 #include "quant/formats.c"
+#include "quant/fast.c"
 /* 2 file: containers */
 #include "file/bytes.c"
 #include "file/file.c"

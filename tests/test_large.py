@@ -64,7 +64,7 @@ def test_a_view_outlives_the_file(tmp_path: Path) -> None:
 
 
 def test_metadata_longer_than_the_first_piece(tmp_path: Path) -> None:
-    """12 MB of tokens: read on until all is there; one letter more in a length, and it is an error and not a search to the end of the file."""
+    """12 MB of tokens: read on until all is there; a wrong length is an error, not a search to the end."""
     words = b"".join(text(b"word%08d" % number) for number in range(600_000))
     pairs = text(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 600_000) + words
     file = _core.File(gguf(tmp_path / "m.gguf", pairs, 1))
@@ -150,7 +150,7 @@ def test_the_checksum_of_a_large_file(tmp_path: Path) -> None:
 
 
 def test_a_large_model_is_the_same_model(tmp_path: Path) -> None:
-    """Bound from a file that is read in pieces: the weights are those of the small file with the same tensors, and a big table beside them."""
+    """Bound from a file that is read in pieces: the weights are right, and the stages alike in all containers."""
     shape = tiny.Shape(vocab=40_000, layers=1)
     folder, path = tiny.save_hf(shape, tmp_path / "hf", dtype="float32"), tiny.save_gguf(shape, tmp_path / "m.gguf", "F32")
     assert min(path.stat().st_size, (folder / "model.safetensors").stat().st_size) > LARGE

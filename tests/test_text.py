@@ -177,7 +177,7 @@ def test_the_good_one_is_read() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model", "llama"), ("model", None), ("pre", "qwen9"), ("pre", None), ("pre", 3), ("tokens", None), ("tokens", [1, 2]),
+        ("model", "bert"), ("model", None), ("pre", "qwen9"), ("pre", None), ("pre", 3), ("tokens", None), ("tokens", [1, 2]),
         ("tokens", ["a", "a", "ab", "x"]), ("token_type", [1]), ("merges", ["a"]), ("merges", ["a b c"]), ("merges", ["a q"]),
         ("merges", None), ("eos_token_id", 4), ("eos_token_id", -1), ("add_bos_token", True),
     ],

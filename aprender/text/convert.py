@@ -118,10 +118,10 @@ def _sentencepiece(data: Mapping[str, Any], backend: tokenizers.Tokenizer, sourc
 
 
 def _name(backend: tokenizers.Tokenizer) -> str | None:
-    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does."""
+    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does, one that settles the normal form if there is."""
     mine = library.parts(backend)
     wanted = mine["normalizer"], mine["words"], mine["ignore_merges"]
-    for name, rules in PRE_TOKENIZERS.items():
+    for name, rules in sorted(PRE_TOKENIZERS.items(), key=lambda row: row[1].nfc is None):
         if (rules.normalizer(), library.bare(rules.words()), rules.ignore_merges) == wanted:
             return name
     return None

@@ -71,6 +71,8 @@ def parse(path: Path, text: str) -> Any:
         data = json.loads(text, object_pairs_hook=_once(refuse), parse_constant=_no_number, parse_float=_finite, parse_int=_short)
     except RecursionError:
         refuse("DEPTH", "", f"nested deeper than {MOST_DEPTH}")
+    except FormatError:
+        raise
     except ValueError as error:
         refuse("JSON", "", f"not JSON: {error}")
     if _depth(data) > MOST_DEPTH:

@@ -27,7 +27,7 @@ from aprender.text.words import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer
 
 __all__ = [
     "ENDINGS", "PRE_TOKENIZERS", "PreTokenizer", "Tokenizer", "apr_metadata", "for_model", "from_apr", "from_gguf", "from_json",
-    "gguf_metadata",
+    "gguf_metadata", "render_chat",
 ]  # fmt: skip
 
 ENDINGS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
@@ -51,6 +51,8 @@ class Tokenizer:
         The container's template for conversations, as text.
     settled : bool
         False where it is not known whether texts are brought into normal form C: others are refused then.
+    named : mapping, optional
+        Texts of special tokens by what a chat template calls them: ``bos_token`` and so on.
 
     Attributes
     ----------
@@ -61,6 +63,7 @@ class Tokenizer:
         SHA-256 of what decides the ids.
     chat_template : str or None
         Never rendered here.
+    named : dict
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Tokenizer:
         source: str = "",
         chat_template: str | None = None,
         settled: bool = True,
+        named: Mapping[str, str] | None = None,
     ) -> None:
         self.backend = backend
         added = backend.get_added_tokens_decoder()
@@ -78,10 +82,17 @@ class Tokenizer:
         self.source = source
         self.chat_template = chat_template
         self._settled = settled
+        self.named = dict(named or {})
         self.digest = library.digest(backend)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a raw text, special tokens added as the container declares; ``<|im_start|>`` and its like count as one token.
+    def encode(self, text: str, frame: bool = True) -> list[int]:
+        """Ids of a raw text; ``<|im_start|>`` and its like count as one token.
+
+        Parameters
+        ----------
+        text : str
+        frame : bool
+            Add the special tokens before and after that the container declares.
 
         Raises
         ------
@@ -99,7 +110,7 @@ class Tokenizer:
         if not (self._settled or unicodedata.is_normalized("NFC", text)):
             why = f"{self.source}: the name of its pre-tokenizer does not say what becomes of a text that is not in Unicode normal form C"
             raise ArgumentError(f"{why}; give it in that form", code="UNSUPPORTED", field="prompt")
-        return list(library.guarded(self.source, lambda: self.backend.encode(text, add_special_tokens=True)).ids)
+        return list(library.guarded(self.source, lambda: self.backend.encode(text, add_special_tokens=frame)).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
@@ -153,7 +164,26 @@ def from_json(path: str | os.PathLike[str]) -> Tokenizer:
         if backend.token_to_id(token["content"]) != token["id"]:
             why = f"{token['content'][:64]!r} is to be {token['id']} and the library makes it {backend.token_to_id(token['content'])}"
             raise FormatError(f"{where}: added_tokens: {why}", code="TOKENIZER", path=str(where), field="added_tokens")
-    return Tokenizer(backend, _eos_beside(where.parent, backend), str(where), _template_beside(where.parent))
+    folder = where.parent
+    return Tokenizer(backend, _eos_beside(folder, backend), str(where), _template_beside(folder), named=_named_beside(folder))
+
+
+NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+"""Special tokens as tokenizer_config.json and chat templates call them, and the ids in metadata."""
+
+
+def _named_beside(folder: Path) -> dict[str, str]:
+    """Texts of the special tokens that tokenizer_config.json names."""
+    config = json_object(folder / "tokenizer_config.json")
+    texts = {name: token_text(config, name) for name in NAMED}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def token_text(config: Mapping[str, Any], name: str) -> str | None:
+    """The text of a token that tokenizer_config.json names, as text or as an object."""
+    said = config.get(name)
+    text = said.get("content") if isinstance(said, dict) else said
+    return text if isinstance(text, str) else None
 
 
 def _template_beside(folder: Path) -> str | None:
@@ -175,9 +205,8 @@ def _eos_beside(folder: Path, backend: tokenizers.Tokenizer) -> set[int]:
         ids = {token for token in (said if isinstance(said, list) else [said]) if isinstance(token, int) and not isinstance(token, bool)}
         if ids:
             return ids
-    said = json_object(folder / "tokenizer_config.json").get("eos_token")
-    text = said.get("content") if isinstance(said, dict) else said
-    found = backend.token_to_id(text) if isinstance(text, str) else None
+    text = token_text(json_object(folder / "tokenizer_config.json"), "eos_token")
+    found = backend.token_to_id(text) if text is not None else None
     return set() if found is None else {found}
 
 
@@ -233,11 +262,25 @@ def from_apr(metadata: Mapping[str, Any], source: str = "APR") -> Tokenizer:
 def _from_keys(keys: Keys, template: Any) -> Tokenizer:
     """The tokenizer of metadata in either spelling."""
     backend = library.build(keys)
-    count = len(keys.get("tokens"))
-    ends = (keys.token_id(key, count) for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
+    tokens = keys.strings("tokens")
+    ends = {keys.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    ids = {name: keys.token_id(key, len(tokens)) for name, key in NAMED.items()}
     rules = PRE_TOKENIZERS[keys.get("pre")] if keys.get("model") == BYTE_LEVEL else None
-    said = template if isinstance(template, str) else None
-    return Tokenizer(backend, {token for token in ends if token is not None}, keys.source, said, rules is None or rules.nfc is not None)
+    return Tokenizer(
+        backend,
+        (token for token in ends if token is not None),
+        keys.source,
+        template if isinstance(template, str) else None,
+        settled=rules is None or rules.nfc is not None,
+        named={name: tokens[number] for name, number in ids.items() if number is not None},
+    )
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str] | None = None) -> str:
+    """See :func:`aprender.text.chat.render_chat`."""
+    from aprender.text import chat
+
+    return chat.render_chat(template, messages, named)
 
 
 def gguf_metadata(folder: str | os.PathLike[str], vocab_size: int | None = None) -> dict[str, Any]:

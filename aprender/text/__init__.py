@@ -265,7 +265,7 @@ def _from_keys(keys: Keys, template: Any) -> Tokenizer:
     tokens = keys.strings("tokens")
     ends = {keys.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")}
     ids = {name: keys.token_id(key, len(tokens)) for name, key in NAMED.items()}
-    rules = PRE_TOKENIZERS[keys.get("pre")] if keys.get("model") == BYTE_LEVEL else None
+    rules = PRE_TOKENIZERS[keys.get("pre")] if keys.kind() == BYTE_LEVEL else None
     return Tokenizer(
         backend,
         (token for token in ends if token is not None),

@@ -591,6 +591,19 @@ def test_sentencepiece_goes_into_metadata_and_back(pieces: Pieces, tmp_path: Pat
     assert text.from_gguf(metadata | {"tokenizer.ggml.add_space_prefix": not prefix}).digest != made.digest
 
 
+def test_added_tokens_of_the_normalized_text_cannot_be_said(pieces: Pieces, tmp_path: Path) -> None:
+    """The first conversions of Llama have them: <s> is found only where a blank may be put before it."""
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", True))
+    assert made is not None
+    data = json.loads(made.backend.to_str())
+    data["added_tokens"] = [token | {"normalized": True} for token in data["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert text.from_json(tmp_path / "tokenizer.json").encode("hi<s>") != made.encode("hi<s>")
+    with pytest.raises(FormatError, match="normalized") as caught:
+        text.gguf_metadata(tmp_path)
+    assert caught.value.field == "added_tokens"
+
+
 def test_a_blank_before_the_first_piece_only_cannot_be_said(pieces: Pieces, tmp_path: Path) -> None:
     """What Llama's tokenizer.json has since transformers 5; metadata mean a blank before every piece."""
     made = text.for_model(pieces.gguf(tmp_path / "model.gguf", True))

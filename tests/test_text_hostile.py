@@ -332,6 +332,20 @@ def test_the_good_metadata_are_read() -> None:
     assert made.decode(made.encode("ab\u00e9")) == "<s> ab\u00e9"
 
 
+def test_a_begin_token_that_looks_like_a_template() -> None:
+    """It is put in front as it stands, whatever the library's shorthand would make of it."""
+    for odd in ("$A", "$0", "a:1", "a b", ":", "$"):
+        made = text.from_gguf(gguf(tokens=["<unk>", odd, *PIECES[2:]], add_eos_token=True))
+        assert made.encode("ab") == [1, 262, 261, 2]
+
+
+def test_a_megabyte_without_words() -> None:
+    """SentencePiece's whole text is one word."""
+    made = text.from_gguf(gguf())
+    assert len(made.encode("ab" * (MEGA // 4))) == MEGA // 4 + 2
+    assert len(made.encode("a" * (MEGA // 2))) == MEGA // 2 + 2
+
+
 METADATA_ROWS: dict[str, tuple[type[Exception], str, str, dict[str, Any]]] = {
     "M05-scores": (ConfigError, "CONFIG", "scores", {"scores": METADATA["scores"][:-1]}),
     "M05-types": (ConfigError, "CONFIG", "token_type", {"token_type": METADATA["token_type"][:-1]}),
@@ -355,6 +369,7 @@ METADATA_ROWS: dict[str, tuple[type[Exception], str, str, dict[str, Any]]] = {
     "scores-tied": (FormatError, "UNSUPPORTED", "scores", {
         "tokens": [*PIECES, "ba"], "token_type": None, "scores": np.array([0.0] * 259 + [-2, -3, -1, -4, -1], np.float32)}),
     "long-piece": (FormatError, "LIMIT", "tokens", {"tokens": [*PIECES[:-1], "a" * 5000]}),
+    "empty": (FormatError, "TOKENIZER", "tokens", {"tokens": ["", *PIECES[1:]]}),
     "twice": (FormatError, "DUPLICATE", "tokens", {"tokens": [*PIECES[:-1], "a"]}),
     "blanks": (FormatError, "UNSUPPORTED", "remove_extra_whitespaces", {"remove_extra_whitespaces": True}),
     "flag": (FormatError, "TYPE", "add_space_prefix", {"add_space_prefix": 1}),

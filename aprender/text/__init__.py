@@ -59,8 +59,6 @@ class Tokenizer:
     backend : tokenizers.Tokenizer
     eos_ids : frozenset of int
     source : str
-    digest : str
-        SHA-256 of what decides the ids.
     chat_template : str or None
         Never rendered here.
     named : dict
@@ -83,7 +81,6 @@ class Tokenizer:
         self.chat_template = chat_template
         self._settled = settled
         self.named = dict(named or {})
-        self.digest = library.digest(backend)
 
     def encode(self, text: str, frame: bool = True) -> list[int]:
         """Ids of a raw text; ``<|im_start|>`` and its like count as one token.
@@ -114,7 +111,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+        return str(library.guarded(self.source, lambda: self.backend.decode(list(ids), skip_special_tokens=False)))
 
     def id_to_piece(self, token: int) -> str:
         """What one id stands for inside a text; ``[id]`` where the vocabulary has nothing there."""
@@ -132,6 +129,11 @@ class Tokenizer:
     @property
     def _strips(self) -> bool:
         return "Strip" in repr(self.backend.decoder) or "Metaspace" in repr(self.backend.decoder)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides the ids: equal for a GGUF, an APR and a tokenizer.json of one tokenizer."""
+        return library.digest(library.parts(self.backend))
 
     @property
     def size(self) -> int:

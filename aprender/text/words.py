@@ -165,6 +165,8 @@ The tests compare with llama.cpp's ids and list where it cuts a text otherwise. 
 
 PATTERNS: frozenset[str] = frozenset(step for rules in PRE_TOKENIZERS.values() for step in rules.steps if isinstance(step, str)) | {
     GPT2_WORDS,
-    GPT2_WORDS.removesuffix(r"|\s+"),
+    GPT2_WORDS + r"|\s+",
+    _words("+"),
+    r"\d{1,3}(?=(?:\d{3})*\b)",
 }
 """Every regular expression that a tokenizer.json may have: a file brings none of its own."""

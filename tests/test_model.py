@@ -180,24 +180,6 @@ def test_plain_numbers_are_weights(name: str, dtype: str, tmp_path: Path) -> Non
     refusal(ConfigError, "LEFTOVER", lambda: made_folder(tmp_path, ONE, made))
 
 
-UNREADABLE = [row for row in _core.FORMATS if not row[5] and row[1] >= 0]
-
-
-@pytest.mark.skipif(not UNREADABLE, reason="every format can be read")
-def test_unreadable_format_is_refused(tmp_path: Path) -> None:
-    """Listed, and refused by name when its values are wanted."""
-    name, kind, _, block, size, *_ = UNREADABLE[-1]
-    path = tmp_path / "m.gguf"
-    tensor = np.uint64(1).tobytes() + b"x" + np.uint32(1).tobytes() + np.uint64(block).tobytes()
-    head = (
-        b"GGUF" + np.uint32(3).tobytes() + np.uint64(1).tobytes() + np.uint64(0).tobytes() + tensor + np.uint32(kind).tobytes() + bytes(8)
-    )
-    path.write_bytes(head + bytes(-len(head) % 32) + bytes(size))
-    file = _core.File(path)
-    assert file.tensors[0].format == name
-    assert name in str(refusal(FormatError, "UNSUPPORTED", lambda: file.dequantize("x")))
-
-
 def test_quantised_norm_is_refused(tmp_path: Path) -> None:
     """A norm weight must be stored plainly; F16 and BF16 are plain."""
     shape = replace(ONE, dim=64)

@@ -95,6 +95,14 @@ static int file_read(const char *path, uint64_t limit, file_buf *out, ap_err *e)
     return rc;
 }
 
+int ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e) {
+    file_buf b = { NULL, 0 };
+    AP_TRY(file_read(path, limit, &b, e));
+    *p = b.p;
+    *n = b.n;
+    return AP_OK;
+}
+
 /* The first n bytes of folder, a slash if it lacks one, and a name: the caller's to free, NULL without memory. */
 static char *file_join(const char *folder, size_t n, const char *name) {
     size_t m = strlen(name), slash = n && folder[n - 1] != '/';

@@ -337,6 +337,7 @@ void ap_file_close(ap_file *f) {
     ap_free(f->text);
     ap_free(f->kv_text);
     ap_free(f->t);
+    ap_free(f->dims);
     ap_free(f->kv);
     ap_free(f->by_name);
     ap_free(f);
@@ -406,6 +407,19 @@ static int file_refuse_twice(const ap_file *f, const char *what, ap_str s, ap_er
     const uint8_t *at = (const uint8_t *)s.p;
     int inside = at >= f->p && at < f->p + f->n;
     return ap_fail_at(e, AP_DUPLICATE, inside ? (int64_t)(at - f->p) : -1, shown, "the %s '%s' is there twice", what, shown);
+}
+
+int ap_file_reserve(ap_file *f, uint64_t tensors, uint64_t dims, ap_err *e) {
+    f->t = ap_alloc(tensors, sizeof *f->t);
+    f->dims = ap_alloc(dims, sizeof *f->dims);
+    return f->t && f->dims ? AP_OK : ap_fail(e, AP_MEMORY, "no memory for %llu tensors", (unsigned long long)tensors);
+}
+
+void ap_file_keep(ap_file *f, const ap_tensor *t) {
+    ap_tensor *kept = &f->t[f->nt++];
+    *kept = *t;
+    kept->dim = f->dims + f->ndims;
+    for (int i = 0; i < t->nd; i++) f->dims[f->ndims++] = t->dim[i];
 }
 
 int ap_file_index(ap_file *f, ap_err *e) {

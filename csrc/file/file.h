@@ -9,13 +9,13 @@
 #include "../base/err.h"
 #include "../quant/format.h"
 
-enum { AP_MAX_DIMS = 8 };
+enum { AP_MAX_DIMS = 32 };       /* of safetensors, as NumPy 1 had it; the other containers have fewer */
 typedef struct {
     ap_str name;
     const ap_format *fmt;
     int nd;
     int part;                       /* 0: this file; i: its shard i - 1     */
-    int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
+    int64_t *dim;                   /* outermost first, whatever the file says: a weight is [out, in] */
     const uint8_t *data;
     uint64_t bytes;
     uint64_t offset;                /* of data in the file, or in the shard */
@@ -45,6 +45,7 @@ struct ap_file {
     char *kv_text;                  /* un-escaped keys and values of JSON metadata */
     char note[AP_NOTES][AP_NOTE]; int nnotes;   /* what is odd about the file and no error, in words */
     ap_tensor *t; int nt;           /* in file order           */
+    int64_t *dims; uint64_t ndims;  /* what t[].dim point into: those of the first tensor, of the second ... */
     ap_kv *kv; int nkv;
     int *by_name;                   /* tensor indices sorted by name: ap_file_tensor is a binary search */
     uint32_t version, alignment;
@@ -69,6 +70,8 @@ int   ap_file_adopt(ap_file *f, ap_err *e);                               /* the
 int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int last_wins, ap_err *e);    /* a JSON object as kv; once a file */
 void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 int   ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e);   /* of a regular file; *p is the caller's to ap_free */
+int   ap_file_reserve(ap_file *f, uint64_t tensors, uint64_t dims, ap_err *e);    /* memory for that many in all                  */
+void  ap_file_keep(ap_file *f, const ap_tensor *t);                       /* t, whose dim lies in the caller's memory, is the next one     */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */

@@ -10,7 +10,7 @@
 #include "../base/num.h"
 #include "file.h"
 
-enum { APR_HEADER = 64, APR_CRC_AT = 40, APR_RESERVED_AT = 44, APR_ALIGN = 64, APR_FOOTER = 4, APR_NAME = 256 };
+enum { APR_HEADER = 64, APR_CRC_AT = 40, APR_RESERVED_AT = 44, APR_ALIGN = 64, APR_FOOTER = 4, APR_NAME = 256, APR_DIMS = 8 };
 enum { APR_ENTRY_MIN = 2 + 1 + 1 + 8 + 8 };     /* name length, format, rank, offset, size: what makes a declared count believable */
 enum { APR_LZ4 = 1, APR_ZSTD = 2, APR_ENCRYPTED = 4, APR_SHARDED = 16, APR_COLUMNS = 0x800, APR_FLAGS = 0xFFF };
 
@@ -104,7 +104,7 @@ static int apr_short(const ap_cur *c, ap_err *e) { return ap_fail_at(e, AP_TRUNC
 
 static int apr_dims(ap_cur *c, ap_tensor *t, int rank, const char *name, ap_err *e) {
     int64_t at = (int64_t)c->pos;
-    if (rank > AP_MAX_DIMS || rank > 8) return ap_fail_at(e, AP_SHAPE, at, name, "tensor '%s' has %d dimensions, at most 8 are allowed", name, rank);
+    if (rank > APR_DIMS) return ap_fail_at(e, AP_SHAPE, at, name, "tensor '%s' has %d dimensions, at most %d are allowed", name, rank, (int)APR_DIMS);
     for (t->nd = 0; t->nd < rank; t->nd++) {
         uint64_t d;
         if (!ap_u64(c, &d)) return apr_short(c, e);
@@ -148,13 +148,14 @@ static int apr_entry(ap_file *f, ap_cur *c, ap_tensor *t, ap_err *e) {
 
 static int apr_index(ap_file *f, const apr_head *h, ap_err *e) {
     ap_cur c = { f->p, h->data, h->index, f->n };
-    uint64_t cap = 0;
+    uint64_t most = ap_left(&c) / APR_ENTRY_MIN;
+    if (h->tensors > most) return ap_fail_at(e, AP_COUNT, 8, NULL, "%u tensors declared, the index of %llu bytes holds at most %llu", (unsigned)h->tensors, (unsigned long long)ap_left(&c), (unsigned long long)most);
+    AP_TRY(ap_file_reserve(f, h->tensors, (ap_left(&c) - (uint64_t)h->tensors * APR_ENTRY_MIN) / sizeof *f->dims, e));     /* what is no entry may be dimensions */
     for (uint32_t i = 0; i < h->tensors; i++) {
-        ap_tensor *t = ap_file_room(f->t, f->nt, &cap, sizeof *t);
-        if (!t) return ap_fail(e, AP_MEMORY, "no memory for the index of the file");
-        f->t = t;
-        AP_TRY(apr_entry(f, &c, &t[f->nt], e));
-        f->nt++;
+        int64_t dim[APR_DIMS];
+        ap_tensor t = { .dim = dim };
+        AP_TRY(apr_entry(f, &c, &t, e));
+        ap_file_keep(f, &t);
     }
     return apr_padding(f, c.pos, h->data, APR_ALIGN, "the data", e);
 }

@@ -98,14 +98,15 @@ static int file_kind(ap_file *f, ap_err *e) {
 
 /* What parsing leaves, so that it can begin again. */
 static void file_forget(ap_file *f) {
-    void *all[] = { f->text, f->kv_text, f->t, f->kv, f->by_name };
+    void *all[] = { f->text, f->kv_text, f->t, f->dims, f->kv, f->by_name };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ap_free(all[i]);
     f->text = f->kv_text = NULL;
     f->t = NULL;
+    f->dims = NULL;
     f->kv = NULL;
     f->by_name = NULL;
     f->nt = f->nkv = f->nnotes = 0;
-    f->text_n = 0;
+    f->text_n = f->ndims = 0;
 }
 
 /* A file that ends too early for its description may only have been read too little: then twice as much is read, up to the most that may describe a model. */
@@ -353,6 +354,19 @@ static int file_refuse_twice(const ap_file *f, const char *what, ap_str s, ap_er
     const uint8_t *at = (const uint8_t *)s.p;
     int inside = at >= f->p && at < f->p + f->n;
     return ap_fail_at(e, AP_DUPLICATE, inside ? (int64_t)(at - f->p) : -1, shown, "the %s '%s' is there twice", what, shown);
+}
+
+int ap_file_reserve(ap_file *f, uint64_t tensors, uint64_t dims, ap_err *e) {
+    f->t = ap_alloc(tensors, sizeof *f->t);
+    f->dims = ap_alloc(dims, sizeof *f->dims);
+    return f->t && f->dims ? AP_OK : ap_fail(e, AP_MEMORY, "no memory for %llu tensors", (unsigned long long)tensors);
+}
+
+void ap_file_keep(ap_file *f, const ap_tensor *t) {
+    ap_tensor *kept = &f->t[f->nt++];
+    *kept = *t;
+    kept->dim = f->dims + f->ndims;
+    for (int i = 0; i < t->nd; i++) f->dims[f->ndims++] = t->dim[i];
 }
 
 int ap_file_index(ap_file *f, ap_err *e) {

@@ -9,13 +9,13 @@
 #include "../base/err.h"
 #include "../quant/format.h"
 
-enum { AP_MAX_DIMS = 8 };
+enum { AP_MAX_DIMS = 32 };       /* of safetensors, as NumPy 1 had it; the other containers have fewer */
 typedef struct {
     ap_str name;
     const ap_format *fmt;
     int nd;
     int part;                       /* 0: this file; i: its shard i - 1     */
-    int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
+    int64_t *dim;                   /* outermost first, whatever the file says: a weight is [out, in] */
     const uint8_t *data; uint8_t *own;      /* NULL while the bytes are on disk: ap_file_data brings them */
     uint64_t bytes;
     uint64_t offset;                /* of data in the file, or in the shard */
@@ -46,6 +46,7 @@ struct ap_file {
     char *kv_text;                  /* un-escaped keys and values of JSON metadata */
     char note[AP_NOTES][AP_NOTE]; int nnotes;   /* what is odd about the file and no error, in words */
     ap_tensor *t; int nt;           /* in file order           */
+    int64_t *dims; uint64_t ndims;  /* what t[].dim point into: those of the first tensor, of the second ... */
     ap_kv *kv; int nkv;
     int *by_name;                   /* tensor indices sorted by name: ap_file_tensor is a binary search */
     uint32_t version, alignment;
@@ -72,6 +73,8 @@ int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int
 void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 int   ap_file_peek(const ap_file *f, uint64_t at, void *p, uint64_t n, ap_err *e);            /* bytes inside the file, wherever they are */
 int   ap_file_zeros(const ap_file *f, uint64_t from, uint64_t to, uint64_t *odd, ap_err *e);  /* *odd: the first byte of from..to that is not zero, or to */
+int   ap_file_reserve(ap_file *f, uint64_t tensors, uint64_t dims, ap_err *e);    /* memory for that many in all                  */
+void  ap_file_keep(ap_file *f, const ap_tensor *t);                       /* t, whose dim lies in the caller's memory, is the next one     */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */

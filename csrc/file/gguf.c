@@ -233,14 +233,20 @@ static int gguf_tensor(ap_cur *c, ap_tensor *t, ap_err *e) {
 
 static int gguf_tensors(ap_file *f, ap_cur *c, uint64_t count, ap_err *e) {
     ap_cur ahead = *c;
+    int64_t dim[GGUF_DIMS];
+    uint64_t dims = 0;
     for (uint64_t i = 0; i < count; i++) {
-        ap_tensor t = { .nd = 0 };
+        ap_tensor t = { .dim = dim };
         AP_TRY(gguf_tensor(&ahead, &t, e));
         AP_TRY(gguf_metadata(&ahead, e));
+        dims += (uint64_t)t.nd;
     }
-    f->t = ap_alloc(count, sizeof *f->t);
-    if (!f->t) return gguf_memory(e);
-    for (; (uint64_t)f->nt < count; f->nt++) AP_TRY(gguf_tensor(c, &f->t[f->nt], e));
+    AP_TRY(ap_file_reserve(f, count, dims, e));
+    for (uint64_t i = 0; i < count; i++) {
+        ap_tensor t = { .dim = dim };
+        AP_TRY(gguf_tensor(c, &t, e));
+        ap_file_keep(f, &t);
+    }
     return AP_OK;
 }
 

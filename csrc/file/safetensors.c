@@ -11,7 +11,8 @@
 #include "file.h"
 
 enum { ST_LENGTH = 8, ST_NAME = 255 };
-typedef struct { ap_file *f; ap_json j; uint64_t data; int n; } st_reader;      /* data: where the data section begins; n: tensors so far */
+/* data: where the data section begins; n, dims: tensors so far and dimensions of all of them */
+typedef struct { ap_file *f; ap_json j; uint64_t data, dims; int n; } st_reader;
 
 int ap_safetensors_sniff(const uint8_t *p, uint64_t n);
 int ap_safetensors_parse(ap_file *f, ap_err *e);
@@ -149,10 +150,13 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
     }
     AP_TRY(ap_file_name_ok(name, ST_NAME, "tensor", at, e));
     if (r->n == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, at, NULL, "more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
-    ap_tensor ahead = { .nd = 0 }, *t = f->t ? &f->t[r->n] : &ahead;
-    t->name = name;
+    int64_t dim[AP_MAX_DIMS];
+    ap_tensor t = { .name = name, .dim = dim };
+    AP_TRY(st_tensor(r, &t, e));
     r->n++;
-    return st_tensor(r, t, e);
+    r->dims += (uint64_t)t.nd;
+    if (f->t) ap_file_keep(f, &t);
+    return AP_OK;
 }
 
 /* --- the header ------------------------------------------------------------------------------------------------------------------------ */
@@ -223,10 +227,8 @@ static int st_tensors(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
     AP_TRY(st_header(r, e));
     f->text_n = 0;
-    f->t = ap_alloc((uint64_t)r->n, sizeof *f->t);
-    if (!f->t) return st_memory(e);
+    AP_TRY(ap_file_reserve(f, (uint64_t)r->n, r->dims, e));
     AP_TRY(st_header(&again, e));
-    f->nt = again.n;
     if (f->nt) qsort(f->t, (size_t)f->nt, sizeof *f->t, st_by_place);
     return AP_OK;
 }

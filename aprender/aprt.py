@@ -405,7 +405,6 @@ def _open_ours(where: Path) -> Captures:
         if name not in there:
             text = f"{where / name}: missing, the manifest lists '{key_name(key)}'"
             raise FormatError(text, code="MISSING", path=str(where / name), field=key_name(key))
-        _regular(there[name])
     stray = sorted({name for name in there if name.endswith(ENDING)} - set(names.values()))
     notes = (*manifest.notes, *([f"not of this trace, and not read: {_several(stray)}"] if stray else []))
     return Captures(_Tree(where, manifest.tensors, {key: where / name for key, name in names.items()}), replace(manifest, notes=notes))
@@ -413,11 +412,6 @@ def _open_ours(where: Path) -> Captures:
 
 def _several(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _regular(entry: os.DirEntry[str]) -> None:
-    if not entry.is_file(follow_symlinks=False):
-        raise FormatError(f"{entry.path}: is not a regular file", code="NOT_REGULAR", path=entry.path)
 
 
 def _open_foreign(where: Path, ids: tuple[int, ...], arithmetic: str) -> Captures:
@@ -439,7 +433,6 @@ def _foreign_files(where: Path) -> tuple[dict[Key, Path], list[str]]:
     for place, entry in _walk(where):
         if not place.endswith(ENDING):
             continue
-        _regular(entry)
         key, path = _key_of(place, where), Path(entry.path)
         if key is None:
             stray.append(place)

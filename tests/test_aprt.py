@@ -8,6 +8,7 @@ part of the promise.  Worked examples (sizes and headers of a 7-token Qwen2.5-7B
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -397,6 +398,23 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path, write: Callabl
     assert np.array_equal(open_captures(tmp_path)["ffn_out", 0], made.make(seed=1)["ffn_out", 0])
 
 
+def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is opened, the first writer ends and removes it, and only then it is locked: two would write at once."""
+    real, calls = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(handle)
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic.locked(tmp_path) as lock:
+        assert os.path.samestat(os.fstat(lock.fileno()), os.stat(tmp_path / ".lock"))
+        assert len(calls) == 2
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_lock_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("npm")
     with pytest.raises(CannotRun, match="not a lock of ours"), atomic.locked(tmp_path):
@@ -539,21 +557,33 @@ def test_too_little_room_is_found_before_anything_is_touched(tmp_path: Path, mon
 def test_the_order_of_the_steps_is_that_of_a_commit(tmp_path: Path) -> None:
     """What a kill does not show, because the page cache outlives it: what is synced before what."""
     for writer, there in (("tree", "lm_head.bin"), ("capture", "model.safetensors")):
-        folder, log = tmp_path / writer, []
-        WRITERS[writer](OLD, folder)
-        with steps(lambda what, path, log=log, folder=folder: log.append((what, os.path.relpath(path, folder)))):  # type: ignore[misc]
-            WRITERS[writer](NEW, folder)
-        gone = log.index(("unlink", "manifest.json"))
-        put = log.index(("replace", "manifest.json"))
-        assert ("fsync", ".") in log[gone : next(i for i, (what, _) in enumerate(log) if what == "open" and i > gone + 2)]
+        WRITERS[writer](OLD, tmp_path / writer)
+        log = logged(lambda writer=writer: WRITERS[writer](NEW, tmp_path / writer), tmp_path / writer)  # type: ignore[misc]
+        gone, put = log.index(("unlink", "manifest.json")), log.index(("replace", "manifest.json"))
+        writes = [i for i, (what, path) in enumerate(log) if what == "write" and path.endswith((".bin.tmp", ".safetensors.tmp"))]
+        assert ("fsync", ".") in log[gone : writes[0]], "the old manifest is gone for good before the first write"
         data = [(i, path) for i, (what, path) in enumerate(log) if what == "replace" and path != "manifest.json"]
         assert there in [path for _, path in data]
         for at, path in data:
             assert gone < at < put
             assert log[at - 1] == ("fsync", path + ".tmp"), "a file is synced, then renamed"
-            parent = os.path.dirname(path) or "."
-            assert ("fsync", parent) in log[at:put], "and its folder is synced before the manifest"
+            assert ("fsync", os.path.dirname(path) or ".") in log[at:put], "and its folder is synced before the manifest"
         assert log[put - 1] == ("fsync", "manifest.json.tmp")
         assert ("fsync", ".") in log[put:], "and the manifest's folder after it"
-        first_write = next(i for i, (what, path) in enumerate(log) if what == "write" and path.endswith((".bin.tmp", ".safetensors.tmp")))
-        assert gone < first_write
+        assert [i for i, step in enumerate(log) if step == ("unlink", ".lock")] == [len(log) - 1], "the lock is held to the end"
+        if writer == "tree":
+            assert ("fsync", ".lock") in log[:gone], "what may be replaced is noted down before the manifest goes"
+
+
+def test_new_folders_of_layers_are_synced_before_the_manifest(tmp_path: Path) -> None:
+    source = bare({("ffn_norm", 0): np.zeros((3, 4), np.float32)}, 3)
+    log = logged(lambda: aprt.write_tree(source, tmp_path), tmp_path)
+    assert ("fsync", ".") in log[log.index(("mkdir", "layer-0")) : log.index(("replace", "manifest.json"))]
+
+
+def logged(work: Callable[[], Any], folder: Path) -> list[tuple[str, str]]:
+    """The steps of a writer, by their paths inside the folder."""
+    log: list[tuple[str, str]] = []
+    with steps(lambda what, path: log.append((what, os.path.relpath(path, folder)))):
+        work()
+    return log

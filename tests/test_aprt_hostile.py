@@ -284,6 +284,13 @@ def test_unlike_things_are_not_compared(
     assert all(word in out.err for word in words), out.err
 
 
+def test_a_file_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
+    found = aprt.open_tree(build(tmp_path, {"layer-0/attn_norm.bin": blob(), "other": blob()}), (1, 2), "exact")
+    (tmp_path / "layer-0" / "attn_norm.bin").unlink()
+    (tmp_path / "layer-0" / "attn_norm.bin").symlink_to(tmp_path / "other")
+    assert code_of(lambda: found["attn_norm", 0]) == "NOT_REGULAR"
+
+
 # ---- T17 to T20: what the manifest knows ---------------------------------------------------------
 
 

@@ -153,6 +153,8 @@ def check(folder: str | os.PathLike[str], wanted: Mapping[Key, tuple[int, ...]] 
     ------
     CannotRun
         Not a folder, one that holds anything else than a tree of ours, or (code LIMIT) a tensor that no header can count.
+    FormatError
+        Something that is no folder has the name of a layer's.
     OSError
         ENOSPC: there is less room than the files need.
     """
@@ -211,7 +213,7 @@ def _ours(where: Path) -> set[str]:
     found = set()
     for name, entry in _walk(where):
         if name.removesuffix(SUFFIX) not in listed or not entry.is_file(follow_symlinks=False):
-            text = f"{where} holds '{name}', which no trace of ours lists: it will not be written over; remove it, or write elsewhere"
+            text = f"{where} holds '{_several([name])}', which no trace of ours lists: not written over; remove it, or write elsewhere"
             raise CannotRun(text, code="PATH", path=str(where))
         found.add(name)
     return found - {LOCK}
@@ -411,7 +413,8 @@ def _open_ours(where: Path) -> Captures:
 
 
 def _several(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    """A few names from a disk, which may hold anything."""
+    return ", ".join(ascii(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _open_foreign(where: Path, ids: tuple[int, ...], arithmetic: str) -> Captures:

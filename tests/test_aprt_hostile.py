@@ -338,6 +338,21 @@ def test_a_stale_file_is_named_and_not_compared(ours: Path, capsys: Capsys) -> N
     assert "layer-7" in json.loads(capsys.readouterr().out)["notes_a"][0]
 
 
+def test_names_that_a_terminal_would_obey(ours: Path, capsys: Capsys) -> None:
+    """Escapes, line ends and bytes that are no UTF-8 in the name of a stray file: shown escaped, and no reason to fail."""
+    for name in (b"\x1b[31mred\n.bin", b"\xff\xfe.bin"):
+        Path(os.fsdecode(os.path.join(os.fsencode(ours), name))).write_bytes(blob())
+    for form in ([], ["--json"]):
+        assert diff.main([str(ours), str(ours), *form]) == 0
+        out = capsys.readouterr().out
+        assert "x1b[31mred" in out
+        assert "udcff" in out
+        assert "\x1b[31m" not in out
+    aprt.write_tree(open_captures(ours), ours.parent / "again")
+    with pytest.raises(CannotRun, match=r"\\x1b"):
+        aprt.write_tree(open_captures(ours), ours)
+
+
 def test_what_no_header_can_count_is_refused_before_the_run(tmp_path: Path, capsys: Capsys) -> None:
     """T20: 8 heads of 23171 tokens are 4,295,161,928 scores, 2^32 are 4,294,967,296; one token less is allowed."""
     assert code_of(lambda: aprt.check(tmp_path / "t", {("attn_scores", 0): (8, 23171, 23171)})) == "LIMIT"

@@ -23,7 +23,7 @@ import numpy as np
 
 from aprender import _core, stages
 from aprender.arithmetic import profile
-from aprender.atomic import LOCK, SUFFIX, locked, sync_folder, writing
+from aprender.atomic import LOCK, SUFFIX, check_unlocked, locked, sync_folder, writing
 from aprender.captures import MANIFEST, Array, Captures, Lazy, read_manifest, view
 from aprender.errors import CannotRun, ConfigError, FormatError
 from aprender.manifest import ALL, LAST, TREE, Manifest, TensorNote, key_name
@@ -152,7 +152,8 @@ def check(folder: str | os.PathLike[str], wanted: Mapping[Key, tuple[int, ...]] 
     Raises
     ------
     CannotRun
-        Not a folder, one that holds anything else than a tree of ours, or (code LIMIT) a tensor that no header can count.
+        Not a folder, one that holds anything else than a tree of ours, (code BUSY) one that somebody else writes now, or (code LIMIT) a
+        tensor that no header can count.
     FormatError
         Something that is no folder has the name of a layer's.
     OSError
@@ -160,6 +161,7 @@ def check(folder: str | os.PathLike[str], wanted: Mapping[Key, tuple[int, ...]] 
     """
     where = Path(folder)
     _check_sizes(wanted or {})
+    check_unlocked(where)
     ours = _ours(where) if where.exists() else set()
     _check_room(where, wanted or {}, ours)
 
@@ -208,7 +210,7 @@ def _ours(where: Path) -> set[str]:
         manifest = read_manifest(where)
         if manifest.schema == TREE:
             listed |= {MANIFEST, *map(file_name, manifest.tensors)}
-    with suppress(FileNotFoundError):
+    if (where / LOCK).is_file():
         listed |= {line.decode(errors="replace") for line in (where / LOCK).read_bytes().splitlines()}
     found = set()
     for name, entry in _walk(where):
@@ -248,12 +250,11 @@ def write_tree(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
     wanted = {key: _shape(captures, key) for key in _keys(captures)}
     _check_sizes(wanted)
     where.mkdir(parents=True, exist_ok=True)
-    with locked(where) as lock:
+    with locked(where) as note_down:
         old = _ours(where)
         _check_room(where, wanted, old)
         names = {MANIFEST, *map(file_name, wanted)}
-        lock.write("".join(f"{name}\n" for name in sorted({name.removesuffix(SUFFIX) for name in old} | names)).encode())
-        os.fsync(lock.fileno())
+        note_down("".join(f"{name}\n" for name in sorted({name.removesuffix(SUFFIX) for name in old} | names)).encode())
         sync_folder(where)
         try:
             return _replace(captures, list(wanted), where, old - names)

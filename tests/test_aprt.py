@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import test_captures as made
 from conftest import CANARY, PROMPT
-from dying import FAILED, killed, steps
+from dying import killed, steps
 
 from aprender import aprt, atomic, captures, diff, oracle, stages, trace
 from aprender.captures import Captures, open_captures
@@ -409,10 +409,26 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path: Path, mon
         real(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with atomic.locked(tmp_path) as lock:
-        assert os.path.samestat(os.fstat(lock.fileno()), os.stat(tmp_path / ".lock"))
+    with atomic.locked(tmp_path):
+        assert os.path.samestat(os.fstat(calls[-1]), os.stat(tmp_path / ".lock"))
         assert len(calls) == 2
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("check", [aprt.check, captures.check_folder], ids=["tree", "capture"])
+def test_a_folder_that_is_being_written_is_refused_before_the_work(tmp_path: Path, check: Callable[[Path], None]) -> None:
+    with atomic.locked(tmp_path), pytest.raises(CannotRun, match=f"pid {os.getpid()}"):
+        check(tmp_path)
+    (tmp_path / ".lock").write_text("pid 1\n")  # of one that was killed
+    check(tmp_path)
+    assert (tmp_path / ".lock").read_text() == "pid 1\n"
+
+
+def test_a_note_of_what_may_be_replaced_is_whole_before_anything_is(tmp_path: Path) -> None:
+    """The system lets the lock grow to 30 bytes: its list is cut, so the older trace stays."""
+    aprt.write_tree(OLD, tmp_path)
+    assert limited(30, lambda: aprt.write_tree(NEW, tmp_path)) == ".lock"
+    assert which(tmp_path) == "old"
 
 
 def test_a_lock_that_is_not_ours(tmp_path: Path) -> None:
@@ -519,21 +535,31 @@ def test_a_full_disk_at_any_step_leaves_nothing_half_done(tmp_path: Path, writer
     assert failed > 10
 
 
+def limited(size: int, work: Callable[[], Any]) -> str:
+    """The name of the file at which it fails when the system lets no file grow beyond a size; in a child, the limit stays there."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            work()
+        except OSError as problem:
+            os.write(writer, f"{errno.errorcode[problem.errno or 0]} {os.path.basename(str(problem.filename))}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    assert said.startswith("EFBIG ")
+    return said.removeprefix("EFBIG ")
+
+
 def test_a_tree_that_failed_leaves_no_file(tmp_path: Path) -> None:
     """A real limit of the system's, not a patched call: no file may grow beyond 100 bytes."""
     source = bare({("ffn_norm", 0): np.zeros((3, 4), np.float32), ("ffn_norm", 1): np.zeros((3, 40), np.float32)}, 3)
-    child = os.fork()
-    if not child:
-        code = FAILED
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-            aprt.write_tree(source, tmp_path / "t")
-        except OSError as problem:
-            code = 0 if problem.errno == errno.EFBIG and "layer-1" in str(problem.filename) else 1
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert limited(100, lambda: aprt.write_tree(source, tmp_path / "t")) == "ffn_norm.bin"
     assert listing(tmp_path / "t") == []
 
 

@@ -6,6 +6,7 @@ Everything is built from one minimal file, layer 0 with the values 1, 2, 3, 4.  
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -336,6 +337,19 @@ def test_a_stale_file_is_named_and_not_compared(ours: Path, capsys: Capsys) -> N
     assert "not of this trace, and not read: layer-7/ffn_out.bin" in capsys.readouterr().out
     assert diff.main([str(ours), str(ours), "--json"]) == 0
     assert "layer-7" in json.loads(capsys.readouterr().out)["notes_a"][0]
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "loop", "/dev/zero"])
+def test_a_manifest_or_a_lock_that_is_no_file(tmp_path: Path, what: str) -> None:
+    """Neither waits for a pipe's other end nor reads a device."""
+    build(tmp_path, {"a/manifest.json": what, "b/.lock": what})
+    assert code_of(lambda: open_captures(tmp_path / "a")) in ("NOT_REGULAR", "PATH")
+    for folder in "ab":
+        assert code_of(lambda folder=folder: aprt.check(tmp_path / folder)) in ("PATH", f"OSError {errno.ELOOP}")
+    source = Captures({("lm_head", None): np.zeros((1, 4), np.float32)}, Manifest(side="x", tokens=(1,)))  # type: ignore[arg-type]
+    assert code_of(lambda: aprt.write_tree(source, tmp_path / "a")) == "PATH"
+    expected = {"fifo": "PATH", "folder": f"OSError {errno.EISDIR}"}.get(what, f"OSError {errno.ELOOP}")
+    assert code_of(lambda: aprt.write_tree(source, tmp_path / "b")) == expected
 
 
 def test_names_that_a_terminal_would_obey(ours: Path, capsys: Capsys) -> None:

@@ -75,11 +75,11 @@ def prompt_ids(side: Side, options: argparse.Namespace) -> tuple[int, ...]:
 
 def tokenizer(side: Side, options: argparse.Namespace) -> Tokenizer | None:
     """The side's tokenizer.  None if it has none, or one that cannot be read and only pieces would be missing, because ids were given."""
-    from aprender.errors import FormatError
+    from aprender.errors import ConfigError, FormatError
 
     try:
         return side.tokenizer()
-    except FormatError:
+    except (ConfigError, FormatError):
         if options.prompt_ids is None:
             raise
         return None

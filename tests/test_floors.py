@@ -348,8 +348,8 @@ ARCHS = {row[0] for row in _core.ARCHS}
 NAMES = STAGES | OPS | FORMATS | ARCHS
 
 #: Files that may spell names, and which.  In sides/ it is the name maps: constants of the module, in capitals.
-#: text.py knows pre-tokenizers by name, and one of them is called what its architecture is called.
-ALLOWED = {"mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "text.py": {"qwen2"}}
+#: text/words.py knows pre-tokenizers by name, and one of them is called what its architecture is called.
+ALLOWED = {"mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "text/words.py": {"qwen2"}}
 
 
 def spelled(literal: str) -> set[str]:
@@ -419,7 +419,7 @@ def test_spelled_names_are_caught(path: str, text: str) -> None:
         ("judge/noise.py", "RULES = {'MATMUL': 1}\n"),
         ("sides/hf.py", "SITES = {'lm_head': 'lm_head', 'qwen2': 1}\nMAP: dict[str, str] = {'attention': 'o_proj'}\n"),
         ("stages.py", "x = 'my_lm_head_2'\n"),
-        ("text.py", "PRE = {'qwen2': 1, 'llama-bpe': 2}\n"),
+        ("text/words.py", "PRE = {'qwen2': 1, 'llama-bpe': 2}\n"),
     ],
 )
 def test_other_strings_are_not_caught(path: str, text: str) -> None:

@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 import aprender
 from aprender import _core, text
-from aprender.errors import ArgumentError, FormatError
+from aprender.errors import ArgumentError, ConfigError, FormatError
 
 CANARY = Path(aprender.canary(""))
 Pair = tuple[text.Tokenizer, text.Tokenizer]  # from GGUF, from tokenizer.json
@@ -183,7 +183,7 @@ def test_the_good_one_is_read() -> None:
     ],
 )  # fmt: skip
 def test_bad_metadata_are_refused_by_name(key: str, value: object) -> None:
-    with pytest.raises(FormatError) as caught:
+    with pytest.raises((ConfigError, FormatError)) as caught:
         text.from_gguf(GOOD | {f"tokenizer.ggml.{key}": value}, "some.gguf")
     named = {"add_bos_token": "bos_token_id"}.get(key, key)
     assert f"some.gguf: tokenizer.ggml.{named}" in str(caught.value)
@@ -231,3 +231,50 @@ def test_ends_of_text_beside_a_tokenizer_json(tmp_path: Path) -> None:
 
 def test_metadata_come_straight_from_the_reader() -> None:
     assert text.from_gguf(_core.File(CANARY / "canary.gguf").metadata).size == 640
+
+
+# ---- from one container to the other -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("folder")
+    train(request.param[0], made, request.param[1])
+    (made / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIALS[1], "chat_template": "{{ messages }}"}))
+    return made
+
+
+def test_a_tokenizer_json_goes_into_metadata_and_back(folder: Path) -> None:
+    """The same digest, ids, ends and template from the folder, from GGUF's keys and from APR's."""
+    first = text.from_json(folder / "tokenizer.json")
+    metadata = text.gguf_metadata(folder, first.size + 5)
+    apr = json.loads(json.dumps(text.apr_metadata(folder)))
+    assert len(metadata["tokenizer.ggml.tokens"]) == first.size + 5
+    for made in (text.from_gguf(metadata), text.from_apr(apr), text.from_apr(text.apr_metadata(metadata))):
+        assert (made.digest, made.eos_ids, made.chat_template) == (first.digest, first.eos_ids, "{{ messages }}")
+        assert all(made.encode(prompt) == first.encode(prompt) for prompt in CORPUS)
+
+
+def test_the_canary_s_metadata_are_those_of_its_gguf(canary: Pair) -> None:
+    """What is written from the folder decides ids as what another program wrote."""
+    theirs = {key: value for key, value in _core.File(CANARY / "canary.gguf").metadata.items() if key.startswith("tokenizer.")}
+    ours = text.gguf_metadata(CANARY)
+    for key in ("model", "pre", "tokens", "merges", "eos_token_id", "add_bos_token"):
+        assert ours["tokenizer.ggml." + key] == theirs["tokenizer.ggml." + key], key
+    assert list(ours["tokenizer.ggml.token_type"]) == list(theirs["tokenizer.ggml.token_type"])
+    assert ours["tokenizer.chat_template"] == theirs["tokenizer.chat_template"]
+    assert text.from_apr(text.apr_metadata(theirs)).digest == canary[0].digest
+    assert text.gguf_metadata(CANARY.parent) == {}
+
+
+def test_what_metadata_cannot_say_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Other words, an added token that eats the blank before it, more tokens than rows: refused by the name of the part."""
+    good = json.loads((folder / "tokenizer.json").read_text())
+    odd = [{**token, "lstrip": True} for token in good["added_tokens"]]
+    for part, value in (("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}), ("added_tokens", odd)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | {part: value}))
+        with pytest.raises(FormatError) as caught:
+            text.gguf_metadata(tmp_path)
+        assert (caught.value.code, caught.value.field) == ("UNSUPPORTED", part)
+    with pytest.raises(FormatError, match="rows"):
+        text.gguf_metadata(folder, 10)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures
-from aprender.errors import ArgumentError, DeviceError, FormatError
+from aprender.errors import ArgumentError, ConfigError, DeviceError, FormatError
 from aprender.manifest import Manifest, TensorNote
 from aprender.stages import LOGITS, Key
 from aprender.text import Tokenizer, for_model
@@ -255,7 +255,7 @@ class OwnSide:
         """Ids that end a text; none where the tokenizer is missing or cannot be read, for ids alone need none."""
         try:
             tokenizer = self.tokenizer()
-        except FormatError:
+        except (ConfigError, FormatError):
             return frozenset()
         return frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
 

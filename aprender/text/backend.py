@@ -1,0 +1,148 @@
+"""From a tokenizer's metadata to the tokenizers library: byte-level BPE and SentencePiece's BPE.
+
+Owns :func:`build`, the digest of what decides the ids, and the guard around the library, which may panic.  Refuses other kinds of
+vocabulary, unknown pre-tokenizers, and parts that do not fit together, each by the name of its key.  Called by the doors of this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from aprender.errors import FormatError
+from aprender.text.keys import Keys
+from aprender.text.words import PRE_TOKENIZERS, PreTokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""GGUF's token types."""
+
+BYTE_LEVEL = "gpt2"
+"""The kind of vocabulary that is byte-level BPE."""
+
+T = TypeVar("T")
+
+
+def guarded(source: str, call: Callable[[], T], code: str = "TOKENIZER") -> T:
+    """What the call into the library returns; FormatError for whatever it raises, a panic among it."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic is not even one
+        raise FormatError(f"{source}: not a tokenizer that can be read: {error}", code=code, path=source) from None
+
+
+def build(keys: Keys) -> tokenizers.Tokenizer:
+    """The library's tokenizer for the metadata.
+
+    Raises
+    ------
+    FormatError, ConfigError
+        Another kind of vocabulary, an unknown pre-tokenizer, or parts that do not fit together.
+    """
+    kind = keys.get("model")
+    if kind != BYTE_LEVEL:
+        raise keys.refusal("model", f"the vocabulary is of kind {kind!r}; only byte-level BPE ({BYTE_LEVEL!r}) is read", "UNSUPPORTED")
+    name = keys.get("pre")
+    rules = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    if rules is None:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise keys.refusal("pre", f"the pre-tokenizer {name!r} is not known ({known} are); give --prompt-ids", "UNSUPPORTED")
+    tokens = keys.strings("tokens")
+    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or [NORMAL] * len(tokens)
+    vocabulary = _vocabulary(keys, tokens, kinds)
+    model = _model(vocabulary, _merges(keys, vocabulary), ignore_merges=rules.ignore_merges)
+    return _assemble(keys, tokens, kinds, rules, model)
+
+
+def _assemble(keys: Keys, tokens: list[str], kinds: list[int], rules: PreTokenizer, model: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Model, words, added tokens and frame as one."""
+    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    whole: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": rules.normalizer(), "pre_tokenizer": rules.words()}
+    whole |= {"decoder": decoder, "model": model}
+    backend = guarded(keys.source, lambda: tokenizers.Tokenizer.from_str(json.dumps(whole)))
+    for wanted, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
+        found = [token for token, its in zip(tokens, kinds, strict=True) if its in wanted]
+        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
+    _frame(backend, keys, rules.begins, tokens)
+    return backend
+
+
+def _vocabulary(keys: Keys, tokens: list[str], kinds: list[int]) -> dict[str, int]:
+    """Token to id.  Tokens that the file calls unused cannot come from any text and are left out."""
+    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] != UNUSED}
+    if len(vocabulary) != len(tokens) - kinds.count(UNUSED):
+        twice = next(token for number, token in enumerate(tokens) if kinds[number] != UNUSED and vocabulary[token] != number)
+        raise keys.refusal("tokens", f"{twice[:64]!r} is there twice", "DUPLICATE")
+    return vocabulary
+
+
+def _merges(keys: Keys, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of pieces, the first to be merged first."""
+    merges = []
+    for place, merge in enumerate(keys.strings("merges")):
+        left, gap, right = merge.partition(" ")
+        if not (left and gap and right) or " " in right:
+            raise keys.refusal("merges", f"number {place}, {merge[:64]!r}, is not two pieces", "TOKENIZER")
+        for piece in (left, right, left + right):
+            if piece not in vocabulary:
+                raise keys.refusal("merges", f"number {place}, {merge[:64]!r}: {piece[:64]!r} is no token", "TOKENIZER")
+        merges.append((left, right))
+    if len(set(merges)) != len(merges):
+        raise keys.refusal("merges", f"{len(merges) - len(set(merges))} of them are there twice", "DUPLICATE")
+    return merges
+
+
+def _model(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], **more: Any) -> dict[str, Any]:
+    """The merging model as tokenizer.json spells it."""
+    return {"type": "BPE", "vocab": dict(vocabulary), "merges": [list(pair) for pair in merges], **more}
+
+
+def _frame(backend: tokenizers.Tokenizer, keys: Keys, begins: bool, tokens: list[str]) -> None:
+    """Have the begin and end tokens added, where the file says so."""
+    single, special = ["$A:0"], []
+    for end, default, put in (("bos", begins, lambda piece: single.insert(0, piece)), ("eos", False, single.append)):
+        if not keys.flag(f"add_{end}_token", default):
+            continue
+        number = keys.token_id(f"{end}_token_id", len(tokens))
+        if number is None:
+            raise keys.refusal(f"{end}_token_id", f"missing, although the {end} token is to be added", "MISSING")
+        put(f"{tokens[number]}:0")
+        special.append((tokens[number], number))
+    if special:
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+
+
+# ---- what decides the ids --------------------------------------------------------------------------------------------------------------
+
+
+def parts(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """What decides the ids, as plain data: equal for a GGUF and a tokenizer.json of the same tokenizer."""
+    data = json.loads(backend.to_str())
+    model = data["model"]
+    return {
+        "vocabulary": sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]),
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])],
+        "added": sorted((token["id"], token["content"], token["special"]) for token in data["added_tokens"]),
+        "normalizer": data["normalizer"],
+        "words": bare(data["pre_tokenizer"]),
+        "ignore_merges": model.get("ignore_merges", False),
+        "frame": backend.encode("", add_special_tokens=True).ids,
+    }
+
+
+def digest(backend: tokenizers.Tokenizer) -> str:
+    """SHA-256 of :func:`parts`."""
+    return hashlib.sha256(json.dumps(parts(backend), sort_keys=True).encode()).hexdigest()
+
+
+def bare(part: Any) -> Any:
+    """A pre-tokenizer's description without what only moves offsets."""
+    if isinstance(part, dict):
+        return {name: bare(value) for name, value in part.items() if name != "trim_offsets"}
+    return [bare(item) for item in part] if isinstance(part, list) else part

@@ -213,8 +213,8 @@ def _gguf_metadata(model: _core.Model, file_type: int) -> dict[str, Any]:
     said |= {f"general.{field}": value for field, value in _about(model.file).items()}
     said |= {"general.file_type": file_type, "general.quantization_version": 2}
     said |= {row[2] % model.arch: value for row, value in _given(model)}
-    head = int(model.hparams["head"])
-    said |= {f"{model.arch}.attention.value_length": head, f"{model.arch}.rope.dimension_count": head}
+    key, head = next((row[2] % model.arch, value) for row, value in _given(model) if row[0] == "head")
+    said |= {key.replace("key_length", "value_length"): head, f"{model.arch}.rope.dimension_count": head}
     return said
 
 

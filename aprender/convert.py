@@ -115,7 +115,7 @@ def _parser() -> Parser:
     parser.add_argument("source", metavar="IN", help="GGUF, APR or safetensors file, or a folder with model.safetensors and config.json")
     parser.add_argument("out", metavar="OUT", help="what to write: NAME.apr or NAME.gguf")
     parser.add_argument(
-        "--formats", metavar="MIX", default="keep",
+        "--formats", metavar="FORMATS", default="keep",
         help="keep (default), a format for all matrices, or Q4_K_M; then PATTERN=FORMAT for some: 'Q4_K,output=Q6_K,*.attn_v=Q8_0'",
     )  # fmt: skip
     parser.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")

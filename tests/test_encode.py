@@ -96,6 +96,126 @@ def test_what_is_too_small_for_a_scale_is_zero(name: str) -> None:
         assert not _core.dequantize(name, _core.encode(name, drawn(scale)), (64, 256)).any()
 
 
+# ---- errors ----------------------------------------------------------------------------------------------------------------------------
+
+
+def populations() -> dict[str, NDArray[np.float32]]:
+    """[64, 1024] each: what weights look like, and what they should not."""
+    generator = np.random.default_rng(0)
+    shape = (64, 1024)
+    gaussian = generator.standard_normal(shape)
+    made = {
+        "gaussian": gaussian,
+        "weights": gaussian * 0.02,
+        "uniform": generator.uniform(-1, 1, shape),
+        "positive": generator.uniform(0, 1, shape),
+        "offset": gaussian * 0.1 + 3,
+        "heavy tails": generator.standard_t(2, shape),
+        "heavier tails": np.clip(generator.standard_cauchy(shape), -1e4, 1e4),
+        "sparse": gaussian * (generator.random(shape) < 0.05),
+        "constant rows": np.repeat(generator.standard_normal((64, 1)), 1024, 1),
+        "constant groups": np.repeat(generator.standard_normal((64, 32)), 32, 1),
+        "one magnitude": generator.choice([-1.0, 1.0], shape),
+        "large": gaussian * 1e4,
+        "small": gaussian * 1e-5,  # their sub-scales are subnormal halves
+        "zero": np.zeros(shape),
+    }
+    return {name: x.astype(np.float32) for name, x in made.items()}
+
+
+POPULATIONS = populations()
+SEARCHED = {"Q4_K": 32, "Q6_K": 16}  # values of a group
+
+
+def rms(x: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("kind", POPULATIONS)
+@pytest.mark.parametrize("name", SEARCHED)
+def test_no_worse_than_ggml(name: str, kind: str, peer: llamacpp.Peer) -> None:
+    """The error of our search, by ggml's own decoder, is at most 1.05 times that of ggml's encoder."""
+    x = POPULATIONS[kind]
+    mine = peer.dequantize(name, _core.encode(name, x).tobytes(), x.size).reshape(x.shape)
+    theirs = peer.dequantize(name, peer.quantize(name, x), x.size).reshape(x.shape)
+    assert rms(mine.astype(np.float64) - x) <= 1.05 * rms(theirs.astype(np.float64) - x)
+
+
+@pytest.mark.parametrize("kind", POPULATIONS)
+@pytest.mark.parametrize("name", SEARCHED)
+def test_no_value_is_far_off(name: str, kind: str) -> None:
+    """Within a step and a quarter of its own group, and what rounding the group's scale under the block's half may add."""
+    x = POPULATIONS[kind]
+    groups = x.reshape(-1, SEARCHED[name]).astype(np.float64)
+    if name == "Q4_K":
+        step = (np.maximum(groups.max(1), 0) - np.minimum(groups.min(1), 0)) / 15
+    else:
+        step = np.abs(groups).max(1) / 32
+    off = np.abs(_core.dequantize(name, _core.encode(name, x), x.shape).reshape(groups.shape) - groups).max(1)
+    largest = step.reshape(-1, 256 // SEARCHED[name]).max(1).repeat(256 // SEARCHED[name])
+    least_half = 2.0**-24 * 64  # what a subnormal half cannot say, times the greatest integer of six bits
+    assert (off <= 1.25 * step + 0.25 * largest + least_half).all()
+
+
+@pytest.mark.parametrize("kind", POPULATIONS)
+@pytest.mark.parametrize("name", [row[0] for row in WRITABLE if row[0] in gguf.GGMLQuantizationType.__members__])
+def test_gguf_reads_the_same(name: str, kind: str) -> None:
+    x = POPULATIONS[kind]
+    data = _core.encode(name, x)
+    theirs = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]).reshape(x.shape)
+    np.testing.assert_array_equal(_core.dequantize(name, data, x.shape), theirs)
+
+
+def apr_q4_by_hand(x: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Scales [blocks] and quants [blocks, 32] of the values, the last block filled up."""
+    blocks = np.append(x.reshape(-1), np.zeros(-x.size % 32, np.float32)).reshape(-1, 32)
+    scale = (np.abs(blocks).max(1) / np.float32(7)).astype(np.float16)
+    scale[scale < np.float16(2.0**-14)] = 0
+    quotient = np.divide(blocks, scale[:, None].astype(np.float32), out=np.zeros_like(blocks), where=scale[:, None] != 0)
+    quants = np.sign(quotient) * np.floor(np.abs(quotient.astype(np.float64)) + 0.5) + 8  # halves away from zero
+    return scale.view(np.uint16), np.clip(quants, 0, 15).astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", POPULATIONS)
+def test_apr_q4_bytes(kind: str) -> None:
+    """The blocks run on over the ends of rows; 1001 columns: a row begins anywhere in a block."""
+    x = np.ascontiguousarray(POPULATIONS[kind][:, :1001])
+    scale, quants = apr_q4_by_hand(x)
+    data = _core.encode("APR_Q4", x)
+    assert data.shape == (18 * -(-x.size // 32),)
+    blocks = data.reshape(-1, 18)
+    np.testing.assert_array_equal(np.ascontiguousarray(blocks[:, :2]).view(np.uint16)[:, 0], scale)
+    np.testing.assert_array_equal(blocks[:, 2:], quants[:, ::2] | quants[:, 1::2] << 4)
+
+
+def test_apr_q4_has_no_tiny_scales() -> None:
+    """Seven times the least normal half is written with its scale; less than that as zeros, for a subnormal would be read as zero."""
+    for most, written in ((7 * 2.0**-14, True), (6.99 * 2.0**-14, False), (0.0, False)):
+        data = _core.encode("APR_Q4", np.full(32, most, np.float32))
+        assert data.tobytes() == (b"\x00\x04" + b"\xff" * 16 if written else bytes(2) + b"\x88" * 16)
+
+
+@pytest.mark.parametrize("kind", POPULATIONS)
+def test_apr_q8_bytes(kind: str) -> None:
+    x = POPULATIONS[kind]
+    scale = np.float32(np.abs(x).max() / np.float32(127))
+    quotient = (x / scale if scale else np.zeros_like(x)).astype(np.float64)
+    quants = np.sign(quotient) * np.floor(np.abs(quotient) + 0.5)
+    data = _core.encode("APR_Q8", x)
+    assert data[:4].tobytes() == scale.tobytes()
+    np.testing.assert_array_equal(data[4:].view(np.int8).reshape(x.shape), quants)
+
+
+def test_apr_q8_at_the_edges() -> None:
+    """No values are a scale alone; a scale of few bits does not carry a quant over the edge."""
+    assert _core.encode("APR_Q8", np.zeros((3, 0), np.float32)).tobytes() == bytes(4)
+    least = np.float32(1e-45)
+    for most in (190 * least, -190 * least):  # 190 / 127 is rounded to 1
+        assert _core.encode("APR_Q8", np.array([most, 3 * least, 0], np.float32))[4:].view(np.int8).tolist() == [127 * np.sign(most), 3, 0]
+    assert not _core.encode("APR_Q8", np.array([60 * least], np.float32)).any()  # 60 / 127 is rounded to 0
+
+
 # ---- shapes, threads, refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ static void quant_write(void *ctx, int i, int worker) {
 /* Rows that fill their blocks lie as one long row would; only rows that end inside a block are encoded one by one. */
 static void quant_write_all(quant_writing *w, int threads) {
     int64_t n = w->rows * w->cols;
-    if (!n) return;
+    if (!n) { ap_format_encode(w->f, w->src, 0, w->dst); return; }     /* a scale for the whole tensor there may be all the same */
     w->by_row = w->f->packing == AP_PACK_ROWS && w->cols % w->f->block;
     w->piece = w->f->packing == AP_PACK_WHOLE ? n : w->by_row ? QUANT_PIECE / w->cols + 1 : QUANT_PIECE;
     int64_t items = w->by_row ? w->rows : n;

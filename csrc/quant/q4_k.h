@@ -13,4 +13,5 @@ AP_HD int ap_q4_k_q(const ap_q4_k *b, int i) { return b->q[(i >> 6) * 32 + (i & 
 AP_HD int ap_q4_k_scale(const uint8_t *s, int g) { return g < 4 ? s[g] & 63     : (s[g + 4] & 15) | s[g - 4] >> 6 << 4; }
 AP_HD int ap_q4_k_min  (const uint8_t *s, int g) { return g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4   | s[g] >> 6 << 4; }
 void ap_q4_k_decode(const void *src, float *dst, size_t n);
+void ap_q4_k_encode(const float *src, void *dst, size_t n);
 #endif

@@ -12,4 +12,5 @@ AP_HD int ap_q6_k_q(const ap_q6_k *b, int i) {
     return (low | top << 4) - 32;
 }
 void ap_q6_k_decode(const void *src, float *dst, size_t n);
+void ap_q6_k_encode(const float *src, void *dst, size_t n);
 #endif

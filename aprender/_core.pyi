@@ -33,7 +33,8 @@ _QuirkRow: TypeAlias = tuple[str, str, str]
 """architecture, container, quirk."""
 
 _HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
-"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, its older spelling, need (REQUIRED DERIVED)."""
+"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Where a container has several
+spellings of a key they are separated by blanks, the usual one first."""
 
 _FormatRow: TypeAlias = tuple[str, int, str, int, int, bool, int, str, bool]
 """name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read, APR id (-1: none), packing (ROWS:
@@ -60,10 +61,10 @@ ERRORS: Final[tuple[_ErrorRow, ...]]
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 @final
-class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
+class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int, int]):
     """A tensor of a file."""
 
-    __match_args__: Final = ("name", "format", "shape", "nbytes", "offset")
+    __match_args__: Final = ("name", "format", "shape", "nbytes", "offset", "part")
     @property
     def name(self) -> str: ...
     @property
@@ -77,11 +78,16 @@ class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int]):
         """Bytes in the file."""
     @property
     def offset(self) -> int:
-        """Of the first byte, in the file."""
+        """Of the first byte, in its file."""
+    @property
+    def part(self) -> int:
+        """Index in ``File.parts``: the file that holds it."""
 
 @final
 class File:
-    """An opened container: GGUF, safetensors, or a folder with model.safetensors and config.json.
+    """An opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json.
+
+    A model in several files is opened by its folder, its index, or the first part of a split GGUF.
 
     Every range is checked here, before a byte is handed out.
 
@@ -105,7 +111,14 @@ class File:
     def version(self) -> int:
         """Of the container; 0 where it has none."""
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Of all parts together."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The files of the model: the opened one, then its shards."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the file and no error, in words."""
     @property
     def metadata(self) -> dict[str, Any]:
         """Every key and value, built anew; config.json is flattened with dots.
@@ -127,6 +140,19 @@ class File:
         ------
         UnknownName
             No tensor of that name.
+        """
+    def verify(self) -> bool:
+        """Read every byte against the checksum of the container.
+
+        Returns
+        -------
+        bool
+            False where the container has none.
+
+        Raises
+        ------
+        FormatError
+            Code CHECKSUM: the file is damaged.
         """
     def dequantize(self, name: str, /) -> NDArray[np.float32]:
         """The values of a tensor, by the reference decoder.

@@ -9,6 +9,7 @@
 #include "base/mem.c"
 #include "base/cursor.c"
 #include "base/json.c"
+#include "base/crc.c"
 #include "base/tiers.c"
 #include "base/threads.c"
 /* 1 quant: what the bits of a block mean */
@@ -33,8 +34,10 @@
 #include "quant/formats.c"
 /* 2 file: containers */
 #include "file/file.c"
+#include "file/pairs.c"
 #include "file/gguf.c"
 #include "file/safetensors.c"
+#include "file/apr.c"
 /* 3 plan: the tables; file -> model -> plan */
 #include "plan/tables.c"
 #include "plan/model.c"

@@ -583,13 +583,6 @@ def test_operating_system_errors(tmp_path: Path) -> None:
         _core.File("a\0b")
 
 
-def test_sharded_is_refused_with_the_way_round(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(FormatError, match="max_shard_size") as caught:
-        _core.File(tmp_path)
-    assert caught.value.code == "UNSUPPORTED"
-
-
 def test_names_of_any_kind(tmp_path: Path) -> None:
     """A path may be bytes, a Path, hold blanks, and not be UTF-8; a link to a model is a model."""
     odd = os.fsencode(tmp_path) + b"/a \xff.gguf"

@@ -1,7 +1,8 @@
 """Tiny random models for every test: one set of weights, as a Hugging Face folder and as a GGUF file.
 
-Owns :class:`Shape`, the seeded weights, and the two writers: ``save_hf`` goes through transformers' own ``save_pretrained``, ``save_gguf``
-through the ``gguf`` package, both foreign to the code under test.  Refuses K-quants (``gguf`` only decodes them; see ``llamacpp.py``).
+Owns :class:`Shape`, the seeded weights, and the writers: ``save_hf`` goes through transformers' own ``save_pretrained``, ``save_gguf``
+through the ``gguf`` package, both foreign to the code under test; ``save_apr`` lays the bytes down here, as the format's description has
+it.  Refuses K-quants (``gguf`` only decodes them; see ``llamacpp.py``).
 Called by every test that needs a model.
 
 All widths differ (model 64, heads x head size 96, ffn 160, vocabulary 112), so that a mix-up of shapes cannot hide; all are multiples of
@@ -13,10 +14,14 @@ llama.cpp takes heads x head size = model width for granted in qwen2 (not in lla
     shape = Shape("llama", tied=True)
     save_hf(shape, folder)                      # config.json, model.safetensors (BF16)
     save_gguf(shape, path, "Q8_0")              # norms and biases stay F32
+    save_apr(shape, path, "APR_Q4")             # likewise
 """
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,3 +247,84 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+# ---- APR ---------------------------------------------------------------------------------------
+
+#: Format name -> dtype byte.
+APR_TYPES = {"F32": 0, "F16": 1, "Q4_K": 12, "Q6_K": 14, "BF16": 30, "APR_Q4": 128, "APR_Q8": 129}
+
+
+def apr_bytes(array: Array, kind: str) -> bytes:
+    """The values in one of APR's own formats or a plain one; K-quants come from llama.cpp."""
+    if kind in ("F32", "F16", "BF16"):
+        return bytes(gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind]).tobytes())
+    flat = array.ravel().astype(np.float32)
+    if kind == "APR_Q8":
+        scale = np.float32(np.abs(flat).max() / 127)
+        return scale.tobytes() + np.rint(flat / scale).astype(np.int8).tobytes()
+    blocks = np.resize(np.append(flat, np.zeros(-len(flat) % 32, np.float32)), (-(-len(flat) // 32), 32))
+    scales = (np.abs(blocks).max(axis=1) / 7).astype(np.float16)
+    divisor = np.where(scales == 0, 1, scales).astype(np.float32)[:, None]
+    nibbles = (np.clip(np.rint(blocks / divisor), -8, 7) + 8).astype(np.uint8)
+    packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, packed, strict=True))
+
+
+def apr_values(data: bytes, kind: str, shape: tuple[int, ...]) -> Array:
+    """What `apr_bytes` of APR's own formats mean."""
+    count = int(np.prod(shape))
+    if kind == "APR_Q8":
+        return (np.frombuffer(data, np.int8, offset=4).astype(np.float32) * np.frombuffer(data, np.float32, 1)).reshape(shape)
+    rows = np.frombuffer(data, np.uint8).reshape(-1, 18)
+    scales = rows[:, :2].copy().view(np.float16).astype(np.float32)
+    nibbles = np.stack([rows[:, 2:] & 15, rows[:, 2:] >> 4], axis=-1).reshape(-1, 32).astype(np.float32)
+    return ((nibbles - 8) * scales).ravel()[:count].reshape(shape)
+
+
+def apr_file(tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]], metadata: bytes, flags: int = 0x0420) -> bytes:
+    """An APR 2.0 file: name -> (dtype byte, shape, bytes).  Data in order of the index, which is sorted."""
+
+    def padded(data: bytes) -> bytes:
+        return data + bytes(-len(data) % 64)
+
+    index, data = b"", b""
+    for name, (kind, shape, raw) in sorted(tensors.items(), key=lambda item: item[0].encode()):
+        spelled = name.encode()
+        index += struct.pack("<H", len(spelled)) + spelled + struct.pack("<BB", kind, len(shape))
+        index += struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<QQ", len(data), len(raw))
+        data += padded(raw)
+    where = 64 + len(padded(metadata))
+    head = b"APR\0" + struct.pack("<BBHIQIQQ", 2, 0, flags, len(tensors), 64, len(metadata), where, where + len(padded(index)))
+    head += struct.pack("<I", zlib.crc32(head + bytes(20))) + bytes(20)
+    body = head + padded(metadata) + padded(index) + data
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def apr_metadata(shape: Shape) -> dict[str, Any]:
+    """What an APR file says about a model of the shape."""
+    return {
+        "architecture": shape.arch, "num_layers": shape.layers, "hidden_size": shape.dim, "intermediate_size": shape.ffn,
+        "num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head, "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.context, "rms_norm_eps": shape.eps, "rope_theta": shape.theta, "rope_type": 2,
+    } | ({"attention_bias": True} if shape.attention_bias else {})  # fmt: skip
+
+
+def save_apr(
+    shape: Shape,
+    path: Path,
+    formats: str = "F32",
+    seed: int = 0,
+    *,
+    made: Mapping[str, Array] | None = None,
+    encode: Callable[[str, Array], bytes] | None = None,
+    **more: Any,
+) -> Path:
+    """Write an APR file without tokenizer: matrices in the format, norms and biases in F32; `encode` makes the bytes of K-quants."""
+    tensors = {}
+    for name, array in (made or weights(shape, seed)).items():
+        kind = formats if array.ndim == 2 else "F32"
+        raw = encode(kind, array) if encode and array.ndim == 2 else apr_bytes(array, kind)
+        tensors[name] = (APR_TYPES[kind], array.shape, raw)
+    path.write_bytes(apr_file(tensors, json.dumps(apr_metadata(shape) | more).encode()))
+    return path

@@ -369,9 +369,9 @@ def _described(config: Any, name: str) -> tuple[str, frozenset[str]]:
 def _hparams(config: Any) -> dict[str, int | float]:
     """The hyper-parameters as transformers holds them, by the names of ``hparams.def``."""
     found: dict[str, Any] = {}
-    for field, kind, _, entry, *_ in _core.HPARAMS:
+    for field, kind, _, entries, *_ in _core.HPARAMS:
         value: Any = config
-        for step in entry.split("."):
+        for step in entries.split()[0].split("."):
             value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
         found[field] = value if value is None else (int if kind == "INT" else float)(value)
     found["kv_heads"] = found["kv_heads"] or found["heads"]

@@ -1,10 +1,13 @@
 /*
-** file.c: a path becomes bytes that we own, a container that understands them, and lookups.  It refuses what is not a regular file, what changes while it
-** is read, and bytes that no row of containers.def claims; it never interprets a byte itself.  plan/model.c and py/file.c open and look up here; the
+** file.c: a path becomes bytes that we own, a container that understands them, and lookups; several files of one model become one.  It refuses what is not a
+** regular file, what changes while it is read, names inside files that lead out of the folder, and bytes that no row of containers.def claims; it never
+** interprets a byte itself.  plan/model.c and py/file.c open and look up here; the
 ** parsers use the helpers at the end.
 */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -13,10 +16,11 @@
 #include "../base/num.h"
 #include "file.h"
 
-#define C(name) int ap_##name##_sniff(const uint8_t *p, uint64_t n); int ap_##name##_parse(ap_file *f, ap_err *e);
+#define C(name, verify) int ap_##name##_sniff(const uint8_t *p, uint64_t n); int ap_##name##_parse(ap_file *f, ap_err *e);
 #include "containers.def"
+int ap_apr_verify(const ap_file *f, int *checked, ap_err *e);
 const ap_container ap_containers[] = {
-#define C(name) { #name, ap_##name##_sniff, ap_##name##_parse },
+#define C(name, verify) { #name, ap_##name##_sniff, ap_##name##_parse, verify },
 #include "containers.def"
 };
 const int ap_containers_n = sizeof ap_containers / sizeof *ap_containers;
@@ -104,32 +108,35 @@ static char *file_join(const char *folder, size_t n, const char *name) {
 
 /* --- opening --------------------------------------------------------------------------------------------------------------------------- */
 
-static int file_no_model(const char *folder, ap_err *e) {
-    static const char index[] = "model.safetensors.index.json";
-    char shown[132], *path = file_join(folder, strlen(folder), index);
-    if (!path) return file_memory(sizeof index, e);
-    int sharded = !access(path, F_OK);
-    ap_free(path);
-    ap_show(shown, folder, strlen(folder));
-    if (sharded)
-        return ap_fail_at(e, AP_UNSUPPORTED, -1, index, "'%s' holds sharded safetensors, which are not read: save the model again as one file "
-                          "(save_pretrained with a max_shard_size above its size), or convert it to GGUF", shown);
+/* What a folder stands for, in this order. */
+static const char *const file_models[] = { "model.safetensors", "model.safetensors.index.json" };
+
+/* The path of the model in a folder: *path is the caller's to free. */
+static int file_in_folder(const char *folder, char **path, ap_err *e) {
+    char shown[132];
+    for (size_t i = 0; i < sizeof file_models / sizeof *file_models; i++) {
+        if (!(*path = file_join(folder, strlen(folder), file_models[i]))) return file_memory(strlen(folder), e);
+        if (!access(*path, F_OK) || errno != ENOENT) return AP_OK;
+        ap_free(*path);
+        *path = NULL;
+    }
     e->sys = ENOENT;
-    return ap_fail(e, AP_IO, "no model.safetensors in the folder '%s' (a GGUF is opened by its own path)", shown);
+    return ap_fail(e, AP_IO, "no model.safetensors and no model.safetensors.index.json in the folder '%s' (a GGUF or APR file is opened by its own path)",
+                   ap_show(shown, folder, strlen(folder)));
 }
 
-/* Sets f->path and reads the model's bytes.  A folder stands for its model.safetensors. */
+/* Sets f->path and reads the model's bytes. */
 static int file_load(ap_file *f, const char *path, ap_err *e) {
     struct stat st;
     file_buf b = { NULL, 0 };
     int fd, rc = AP_OK;
     AP_TRY(file_descriptor(path, &fd, &st, e));
     int folder = S_ISDIR(st.st_mode);
-    f->path = folder ? file_join(path, strlen(path), "model.safetensors") : file_join("", 0, path);
-    if (!f->path) rc = file_memory(strlen(path), e);
-    else if (!folder) rc = file_bytes(fd, &st, path, UINT64_MAX, &b, e);
+    if (folder) rc = file_in_folder(path, &f->path, e);
+    else if (!(f->path = file_join("", 0, path))) rc = file_memory(strlen(path), e);
+    else rc = file_bytes(fd, &st, path, UINT64_MAX, &b, e);
     close(fd);
-    if (!rc && folder) rc = access(f->path, F_OK) && errno == ENOENT ? file_no_model(path, e) : file_read(f->path, UINT64_MAX, &b, e);
+    if (!rc && folder) rc = file_read(f->path, UINT64_MAX, &b, e);
     f->p = b.p;
     f->n = b.n;
     return rc;
@@ -162,7 +169,7 @@ static int file_kind(ap_file *f, ap_err *e) {
         if (!strcmp(dot + 1, ap_containers[i].name)) { f->kind = &ap_containers[i]; return AP_OK; }
     if (f->n < 8) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "%llu bytes are no model file", (unsigned long long)f->n);
     return ap_fail_at(e, AP_BAD_MAGIC, 0, NULL, "the file begins with '%s', which is none of:"
-#define C(name) " " #name
+#define C(name, verify) " " #name
 #include "containers.def"
         , ap_show(shown, (const char *)f->p, 8));
 }
@@ -171,6 +178,107 @@ static int file_parse(ap_file *f, ap_err *e) {
     if (!f->kind) AP_TRY(file_kind(f, e));
     return f->kind->parse(f, e);
 }
+
+/* --- shards ---------------------------------------------------------------------------------------------------------------------------- */
+
+int ap_file_plain_name(ap_str s, int64_t at, ap_err *e) {
+    char shown[132];
+    ap_show(shown, s.p, s.n);
+    int dots = (s.n == 1 && s.p[0] == '.') || (s.n == 2 && s.p[0] == '.' && s.p[1] == '.');
+    if (s.n && s.n <= 255 && !dots && !memchr(s.p, '/', s.n) && !memchr(s.p, '\\', s.n) && !memchr(s.p, 0, s.n)) return AP_OK;
+    return ap_fail_at(e, AP_PATH, at, shown, "the file name '%s' is not a plain name: files of a model lie side by side in one folder", shown);
+}
+
+/* The cache of the Hugging Face hub keeps each file as ../../blobs/<hash>: the one symbolic link that is followed, and only to a plain name there. */
+static int file_hub_blob(const char *link) {
+    static const char blobs[] = "../../blobs/";
+    const char *name = link + sizeof blobs - 1;
+    return !strncmp(link, blobs, sizeof blobs - 1) && *name && !strchr(name, '/') && name[0] != '.';
+}
+
+static int file_shard_descriptor(const char *path, int *fd, ap_err *e) {
+    char link[512], shown[132];
+    const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW;
+    ap_show(shown, path, strlen(path));
+    do *fd = open(path, flags); while (*fd < 0 && errno == EINTR);
+    if (*fd >= 0) return AP_OK;
+    if (errno == ENOENT) return ap_fail_at(e, AP_MISSING, -1, shown, "the file '%s' of this model is missing", shown);
+    if (errno != ELOOP) return file_io("open", path, e);
+    ssize_t n = readlink(path, link, sizeof link - 1);
+    link[n < 0 ? 0 : n] = 0;
+    if (!file_hub_blob(link)) return ap_fail_at(e, AP_PATH, -1, shown, "'%s' is a symbolic link, which is not followed: it may lead out of the folder", shown);
+    const char *slash = strrchr(path, '/');
+    char *blob = file_join(path, slash ? (size_t)(slash - path) + 1 : 0, link);
+    if (!blob) return file_memory(sizeof link, e);
+    do *fd = open(blob, flags); while (*fd < 0 && errno == EINTR);
+    int rc = *fd < 0 ? file_io("open", blob, e) : AP_OK;
+    ap_free(blob);
+    return rc;
+}
+
+static int file_shard_read(ap_file *s, ap_err *e) {
+    struct stat st;
+    file_buf b = { NULL, 0 };
+    int fd;
+    AP_TRY(file_shard_descriptor(s->path, &fd, e));
+    int rc = fstat(fd, &st) ? file_io("look at", s->path, e) : file_bytes(fd, &st, s->path, UINT64_MAX, &b, e);
+    close(fd);
+    s->p = b.p;
+    s->n = b.n;
+    return rc ? rc : file_parse(s, e);
+}
+
+/* What goes wrong inside a shard is told with its name. */
+static int file_shard_fails(int rc, ap_str name, ap_err *e) {
+    char shown[132], why[sizeof e->msg];
+    memcpy(why, e->msg, sizeof why);
+    snprintf(e->msg, sizeof e->msg, "%s: %.*s", ap_show(shown, name.p, name.n), (int)(sizeof e->msg - sizeof shown - 3), why);
+    return rc;
+}
+
+int ap_file_open_shard(ap_file *f, ap_str name, ap_err *e) {
+    char plain[256];
+    AP_TRY(ap_file_plain_name(name, -1, e));
+    snprintf(plain, sizeof plain, "%.*s", (int)name.n, name.p);
+    if (!f->path) return ap_fail_at(e, AP_MISSING, -1, plain, "a model in several files cannot be read from memory: '%.100s' is missing", plain);
+    ap_file *s = ap_alloc(1, sizeof *s), **more = ap_grow(f->shard, (uint64_t)f->nshard, (uint64_t)f->nshard + 1, sizeof *more);
+    if (more) f->shard = more;
+    if (!s || !more) { ap_free(s); return file_memory(sizeof *s, e); }
+    f->shard[f->nshard++] = s;
+    const char *slash = strrchr(f->path, '/');
+    s->is_shard = 1;
+    s->kind = f->kind;
+    s->path = file_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, plain);
+    int rc = s->path ? file_shard_read(s, e) : file_memory(strlen(f->path), e);
+    return rc ? file_shard_fails(rc, name, e) : AP_OK;
+}
+
+int ap_file_adopt(ap_file *f, ap_err *e) {
+    uint64_t total = (uint64_t)f->nt;
+    for (int i = 0; i < f->nshard; i++) total += (uint64_t)f->shard[i]->nt;
+    if (total > AP_LIMIT_TENSORS) return ap_fail(e, AP_LIMIT, "the files hold %llu tensors, at most %u are read", (unsigned long long)total, (unsigned)AP_LIMIT_TENSORS);
+    ap_tensor *all = ap_grow(f->t, (uint64_t)f->nt, total, sizeof *all);
+    if (!all) return file_memory(total * sizeof *all, e);
+    f->t = all;
+    for (int i = 0; i < f->nshard; i++)
+        for (int k = 0; k < f->shard[i]->nt; k++) {
+            all[f->nt] = f->shard[i]->t[k];
+            all[f->nt++].part = i + 1;
+        }
+    ap_free(f->by_name);
+    f->by_name = NULL;
+    return ap_file_index(f, e);
+}
+
+void ap_file_note(ap_file *f, const char *fmt, ...) {
+    if (f->nnotes == AP_NOTES) return;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(f->note[f->nnotes++], AP_NOTE, fmt, ap);
+    va_end(ap);
+}
+
+/* --------------------------------------------------------------------------------------------------------------------------------------- */
 
 static int file_done(ap_file **out, ap_file *f, int rc) {
     if (rc) ap_file_close(f);
@@ -206,12 +314,20 @@ int ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_con
     return file_done(out, f, file_parse(f, e));
 }
 
+int ap_file_verify(const ap_file *f, int *checked, ap_err *e) {
+    *checked = 0;
+    return f->kind->verify ? f->kind->verify(f, checked, e) : AP_OK;
+}
+
 void ap_file_close(ap_file *f) {
     if (!f) return;
+    for (int i = 0; i < f->nshard; i++) ap_file_close(f->shard[i]);
+    ap_free(f->shard);
     ap_free(f->path);
     ap_free((void *)f->p);                      /* const for everybody else */
     ap_free(f->config);
     ap_free(f->text);
+    ap_free(f->kv_text);
     ap_free(f->t);
     ap_free(f->kv);
     ap_free(f->by_name);
@@ -312,6 +428,25 @@ int ap_file_name_ok(ap_str s, uint64_t max, const char *what, int64_t at, ap_err
     if (s.n > max) return ap_fail_at(e, AP_NAME, at, shown, "a %s name of %llu bytes, at most %llu are allowed", what, (unsigned long long)s.n, (unsigned long long)max);
     if (!ap_utf8_ok(s.p, s.n)) return ap_fail_at(e, AP_UTF8, at, shown, "the %s name '%s' is not UTF-8", what, shown);
     if (file_has_control(s)) return ap_fail_at(e, AP_NAME, at, shown, "the %s name '%s' has control characters", what, shown);
+    return AP_OK;
+}
+
+/* Blocks that run on over the ends of rows, or rows that end in a block that is not full: what APR has and GGUF has not. */
+int ap_file_packed_bytes(ap_tensor *t, int64_t at, ap_err *e) {
+    char shown[132];
+    uint64_t rows = 1, cols = t->nd ? (uint64_t)t->dim[t->nd - 1] : 1, values, blocks, bytes;
+    int fits = 1, empty = !cols;
+    for (int i = 0; i + 1 < t->nd; i++) {
+        empty |= !t->dim[i];
+        fits = fits && ap_mul_ok(rows, t->dim[i] ? (uint64_t)t->dim[i] : 1, &rows);
+    }
+    uint64_t block = (uint64_t)t->fmt->block, size = (uint64_t)t->fmt->bytes;
+    fits = fits && ap_mul_ok(rows, cols ? cols : 1, &values) && values <= INT64_MAX && ap_add_ok(values, block - 1, &blocks);
+    if (fits && t->fmt->packing == AP_PACK_ROWS) fits = ap_mul_ok(rows, (cols + block - 1) / block, &blocks);
+    else blocks = fits ? blocks / block : 0;
+    if (!fits || !ap_mul_ok(blocks, size, &bytes) || bytes > INT64_MAX - 64)
+        return ap_fail_at(e, AP_SHAPE, at, ap_show(shown, t->name.p, t->name.n), "the shape of tensor '%s' has more than 2^63 bytes", shown);
+    t->bytes = empty ? 0 : bytes + (t->fmt->packing == AP_PACK_WHOLE ? sizeof(float) : 0);
     return AP_OK;
 }
 

@@ -17,7 +17,8 @@ typedef struct {
     int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
     const uint8_t *data;
     uint64_t bytes;
-    uint64_t offset;                /* of data in the file */
+    uint64_t offset;                /* of data in the file, or in the shard */
+    int part;                       /* 0: this file; i: its shard i - 1     */
 } ap_tensor;
 
 typedef enum { AP_V_INT, AP_V_UINT, AP_V_FLOAT, AP_V_BOOL, AP_V_STR, AP_V_ARR, AP_V_NULL, AP_V_JSON } ap_vkind;
@@ -31,13 +32,18 @@ typedef struct {
 } ap_kv;
 
 typedef struct ap_file ap_file;
-typedef struct { const char *name; int (*sniff)(const uint8_t *p, uint64_t n); int (*parse)(ap_file *f, ap_err *e); } ap_container;
+enum { AP_NOTES = 8, AP_NOTE = 200 };
+typedef struct { const char *name; int (*sniff)(const uint8_t *p, uint64_t n); int (*parse)(ap_file *f, ap_err *e); int (*verify)(const ap_file *f, int *checked, ap_err *e); } ap_container;
 struct ap_file {
     const ap_container *kind;
     char *path;                     /* as opened: the .gguf file, the .safetensors file; for a folder, its model.safetensors */
     const uint8_t *p; uint64_t n;   /* all bytes of the file   */
-    char *config; uint64_t config_n;/* config.json beside a safetensors file; NULL for GGUF */
-    char *text; uint64_t text_n;    /* un-escaped strings of JSON containers live here      */
+    ap_file **shard; int nshard;    /* the other files of a model in several, opened and owned; this one is the first, or their index */
+    int is_shard;                   /* opened as one of them   */
+    char *config; uint64_t config_n;/* config.json beside a safetensors file; NULL for other containers */
+    char *text; uint64_t text_n;    /* un-escaped names of a JSON header */
+    char *kv_text;                  /* un-escaped keys and values of JSON metadata */
+    char note[AP_NOTES][AP_NOTE]; int nnotes;   /* what is odd about the file and no error, in words */
     ap_tensor *t; int nt;           /* in file order           */
     ap_kv *kv; int nkv;
     int *by_name;                   /* tensor indices sorted by name: ap_file_tensor is a binary search */
@@ -48,13 +54,20 @@ int  ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_co
 void ap_file_close(ap_file *f);
 const ap_tensor *ap_file_tensor(const ap_file *f, ap_str name);           /* NULL when absent */
 const ap_kv *ap_file_kv(const ap_file *f, const char *key);               /* NULL when absent */
+int  ap_file_verify(const ap_file *f, int *checked, ap_err *e);           /* reads all bytes against the checksum that the container has; *checked 0: it has none */
 extern const ap_container ap_containers[];
 extern const int ap_containers_n;
 
 /* For the containers' parsers only. */
 int   ap_file_tensor_bytes(ap_tensor *t, int64_t at, ap_err *e);          /* bytes from dim and fmt; AP_SHAPE, AP_BLOCK          */
+int   ap_file_packed_bytes(ap_tensor *t, int64_t at, ap_err *e);          /* the same where blocks need not end with rows: AP_SHAPE  */
 int   ap_file_name_ok(ap_str s, uint64_t max, const char *what, int64_t at, ap_err *e);   /* 1..max bytes, UTF-8, no controls   */
 int   ap_file_beside(const ap_file *f, const char *name, char **p, uint64_t *n, ap_err *e);  /* the file of that name in f's folder; *p stays NULL when there is none */
+int   ap_file_plain_name(ap_str s, int64_t at, ap_err *e);                /* the name of a file and nothing else: AP_PATH */
+int   ap_file_open_shard(ap_file *f, ap_str name, ap_err *e);             /* opens the file of that name in f's folder, and never another, as a shard of f */
+int   ap_file_adopt(ap_file *f, ap_err *e);                               /* the shards' tensors become f's; index */
+int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int last_wins, ap_err *e);    /* a JSON object as kv; once a file */
+void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
@@ -64,4 +77,5 @@ void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* roo
 #define AP_LIMIT_KV        1000000u
 #define AP_LIMIT_STRING    (64u << 20)
 #define AP_LIMIT_HEADER    100000000u
+#define AP_LIMIT_SHARDS    4096
 #endif

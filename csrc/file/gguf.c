@@ -3,6 +3,7 @@
 ** strings and arrays point into the file's bytes.  It refuses, besides what is malformed, whatever two readers could see differently: a key or tensor given
 ** twice, overlaps, gaps, bytes after the last tensor.  file.c calls it through containers.def.
 */
+#include <stdio.h>
 #include <string.h>
 #include "../base/mem.h"
 #include "../base/num.h"
@@ -271,6 +272,61 @@ static int gguf_data(ap_file *f, const ap_cur *c, ap_err *e) {
     return gguf_tail(f, start + end, e);
 }
 
+/* --- models in several files ------------------------------------------------------------------------------------------------------------- */
+
+/* A count of the split; absent is 0. */
+static int gguf_split_number(const ap_file *f, const char *key, uint64_t *out, ap_err *e) {
+    const ap_kv *kv = ap_file_kv(f, key);
+    *out = 0;
+    if (!kv) return AP_OK;
+    if (kv->kind != AP_V_UINT && kv->kind != AP_V_INT) return ap_fail_at(e, AP_KV_TYPE, -1, key, "%s is not a whole number", key);
+    if (kv->kind == AP_V_INT && kv->v.i < 0) return ap_fail_at(e, AP_CONFIG, -1, key, "%s is %lld", key, (long long)kv->v.i);
+    *out = kv->v.u;
+    return AP_OK;
+}
+
+/* This file's name without its folder must end in -00001-of-<count>.gguf; stem gets what stands before. */
+static int gguf_split_stem(const ap_file *f, uint64_t count, char stem[256], ap_err *e) {
+    char tail[40], shown[132];
+    const char *slash = f->path ? strrchr(f->path, '/') : NULL, *name = slash ? slash + 1 : f->path ? f->path : "";
+    size_t n = strlen(name), m = (size_t)snprintf(tail, sizeof tail, "-00001-of-%05llu.gguf", (unsigned long long)count);
+    if (n > 255 || n <= m || strcmp(name + n - m, tail))
+        return ap_fail_at(e, AP_CONFIG, -1, "split.count", "split.count is %llu, so the first file's name must end in '%s', not be '%s'", (unsigned long long)count, tail, ap_show(shown, name, n));
+    memcpy(stem, name, n - m);
+    stem[n - m] = 0;
+    return AP_OK;
+}
+
+static int gguf_open_part(ap_file *f, const char *stem, uint64_t i, uint64_t count, ap_err *e) {
+    char name[300];
+    uint64_t no, of;
+    int n = snprintf(name, sizeof name, "%s-%05llu-of-%05llu.gguf", stem, (unsigned long long)i + 1, (unsigned long long)count);
+    AP_TRY(ap_file_open_shard(f, (ap_str){ name, (uint64_t)n }, e));
+    const ap_file *s = f->shard[f->nshard - 1];
+    AP_TRY(gguf_split_number(s, "split.no", &no, e));
+    AP_TRY(gguf_split_number(s, "split.count", &of, e));
+    if (no == i && of == count) return AP_OK;
+    return ap_fail_at(e, AP_CONFIG, -1, "split.no", "'%.120s' says that it is part %llu of %llu (counted from 0), part %llu of %llu was expected", name,
+                      (unsigned long long)no, (unsigned long long)of, (unsigned long long)i, (unsigned long long)count);
+}
+
+/* The first part holds the metadata; the others, found by their names, hold more tensors. */
+static int gguf_split(ap_file *f, ap_err *e) {
+    char stem[256];
+    uint64_t count, no, tensors;
+    AP_TRY(gguf_split_number(f, "split.count", &count, e));
+    AP_TRY(gguf_split_number(f, "split.no", &no, e));
+    AP_TRY(gguf_split_number(f, "split.tensors.count", &tensors, e));
+    if (count <= 1 && !no) return AP_OK;
+    if (no) return ap_fail_at(e, AP_CONFIG, -1, "split.no", "this is part %llu of %llu of a model (counted from 0): open its first part, *-00001-of-%05llu.gguf", (unsigned long long)no, (unsigned long long)count, (unsigned long long)count);
+    if (count > AP_LIMIT_SHARDS) return ap_fail_at(e, AP_CONFIG, -1, "split.count", "split.count is %llu, at most %d parts are read", (unsigned long long)count, (int)AP_LIMIT_SHARDS);
+    AP_TRY(gguf_split_stem(f, count, stem, e));
+    for (uint64_t i = 1; i < count; i++) AP_TRY(gguf_open_part(f, stem, i, count, e));
+    AP_TRY(ap_file_adopt(f, e));
+    if (!tensors || tensors == (uint64_t)f->nt) return AP_OK;
+    return ap_fail_at(e, AP_CONFIG, -1, "split.tensors.count", "split.tensors.count is %llu, the parts hold %d tensors", (unsigned long long)tensors, f->nt);
+}
+
 int ap_gguf_parse(ap_file *f, ap_err *e) {
     ap_cur c = { f->p, f->n, 0 };
     uint64_t tensors, kvs;
@@ -282,5 +338,6 @@ int ap_gguf_parse(ap_file *f, ap_err *e) {
     AP_TRY(gguf_tensors(f, &c, tensors, e));
     AP_TRY(ap_file_index(f, e));                /* before any key is trusted: a second general.alignment is a duplicate, not a choice */
     AP_TRY(gguf_alignment(f, e));
-    return gguf_data(f, &c, e);
+    AP_TRY(gguf_data(f, &c, e));
+    return f->is_shard ? AP_OK : gguf_split(f, e);
 }

@@ -1,6 +1,6 @@
 /*
-** safetensors.c: eight bytes of header length, a JSON header, the data; and the config.json beside it, whose members become the file's key-value pairs.
-** It refuses whatever the reference reader refuses (holes, overlaps, bytes after the last tensor) and also what JSON readers disagree about: a name, field or
+** safetensors.c: eight bytes of header length, a JSON header, the data; the config.json beside it, whose members become the file's key-value pairs; and the
+** index of a model in several such files.  It refuses whatever the reference reader refuses (holes, overlaps, bytes after the last tensor) and also what JSON readers disagree about: a name, field or
 ** key given twice, escapes included.  file.c calls it through containers.def.
 */
 #include <stdlib.h>
@@ -10,13 +10,13 @@
 #include "../base/num.h"
 #include "file.h"
 
-enum { ST_LENGTH = 8, ST_NAME = 255, ST_KEY = 255 };
+enum { ST_LENGTH = 8, ST_NAME = 255 };
 typedef struct { ap_file *f; ap_json j; uint64_t data; uint64_t cap; } st_reader;      /* data: where the data section begins; cap: of f->t */
 
 int ap_safetensors_sniff(const uint8_t *p, uint64_t n);
 int ap_safetensors_parse(ap_file *f, ap_err *e);
 
-int ap_safetensors_sniff(const uint8_t *p, uint64_t n) { return n > ST_LENGTH && p[ST_LENGTH] == '{'; }
+int ap_safetensors_sniff(const uint8_t *p, uint64_t n) { return n > ST_LENGTH && (p[ST_LENGTH] == '{' || (p[0] == '{' && !memchr(p, 0, ST_LENGTH))); }
 
 static int st_memory(ap_err *e) { return ap_fail(e, AP_MEMORY, "no memory for the index of the file"); }
 
@@ -219,106 +219,123 @@ static int st_header(st_reader *r, ap_err *e) {
     return AP_OK;
 }
 
-/* --- config.json ----------------------------------------------------------------------------------------------------------------------- */
+/* --- the index of a sharded model -------------------------------------------------------------------------------------------------------- */
 
-/* One walk, done twice: first to count (kv NULL), then to fill.  path holds the dotted key of the member being read; len[d] is how much of it belongs to
-** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays (st_drop_objects).  In an array
-** nothing is looked at but the grammar. */
-typedef struct { ap_json j; ap_kv *kv; int n; uint64_t text; char path[ST_KEY + 1]; uint64_t len[AP_JSON_DEPTH + 1]; } st_config;
+/* model.safetensors.index.json: "weight_map" says in which shard each tensor lies.  It is believed only as far as the shards agree. */
+typedef struct { ap_str tensor, shard; } st_place;
+typedef struct { st_place *place; int n; uint64_t cap; } st_map;
 
-static int st_config_key(st_config *c, ap_err *e) {
-    uint64_t at = c->len[c->j.depth - 1], n;
-    char part[ST_KEY];
-    ap_err quiet = AP_ERR_INIT;
-    if (at) c->path[at++] = '.';
-    if (at > ST_KEY || ap_json_text(&c->j, c->j.span, part, ST_KEY - at, &n, &quiet))
-        return ap_fail_at(e, AP_NAME, (int64_t)c->j.pos, "config.json", "config.json, byte %llu: a key of more than %d bytes", (unsigned long long)c->j.pos, (int)ST_KEY);
-    AP_TRY(ap_file_name_ok((ap_str){ part, n }, ST_KEY, "config.json key", (int64_t)c->j.pos, e));
-    memcpy(c->path + at, part, n);
-    c->len[c->j.depth] = at + n;
+static int st_is_index(const ap_file *f) { return f->n >= ST_LENGTH && f->p[0] == '{' && !memchr(f->p, 0, ST_LENGTH); }     /* a header length has zero bytes */
+
+static int st_map_row(st_reader *r, st_map *m, ap_err *e) {
+    st_place *more = ap_file_room(m->place, m->n, &m->cap, sizeof *more);
+    if (!more) return st_memory(e);
+    m->place = more;
+    AP_TRY(st_text(r->f, &r->j, r->j.span, &more[m->n].tensor, e));
+    AP_TRY(ap_file_name_ok(more[m->n].tensor, ST_NAME, "tensor", (int64_t)r->j.pos, e));
+    AP_TRY(st_expect(r, AP_J_STR, "in weight_map the name of a file", e));
+    AP_TRY(st_text(r->f, &r->j, r->j.span, &more[m->n].shard, e));
+    AP_TRY(ap_file_plain_name(more[m->n].shard, (int64_t)r->j.pos, e));
+    m->n++;
     return AP_OK;
 }
 
-static void st_config_number(const ap_json *j, ap_jkind kind, ap_kv *kv) {
-    if (kind == AP_J_NUM) { kv->kind = AP_V_FLOAT; kv->v.f = j->num; return; }
-    kv->kind = j->negative || j->mag <= INT64_MAX ? AP_V_INT : AP_V_UINT;
-    kv->v.u = j->negative ? 0 - j->mag : j->mag;        /* two's complement: also right for -2^63 */
-}
-
-static int st_empty_object(const ap_json *j, uint64_t from, ap_str *s) {
-    uint64_t i = j->pos;
-    while (i < j->n && (j->p[i] == ' ' || j->p[i] == '\n' || j->p[i] == '\r' || j->p[i] == '\t')) i++;
-    *s = (ap_str){ j->p + from, i + 1 - from };
-    return i < j->n && j->p[i] == '}';
-}
-
-/* The value that was just begun, as a pair.  n of an object says, until st_drop_objects, that it has members. */
-static int st_config_value(st_config *c, ap_jkind kind, ap_file *f, ap_err *e) {
-    uint64_t from = c->j.pos - 1, n = c->len[c->j.depth - (kind == AP_J_OBJ || kind == AP_J_ARR)];
-    ap_str span = c->j.span;
-    ap_kv kv = { .kind = AP_V_JSON };
-    if (c->n == (int)AP_LIMIT_KV) return ap_fail_at(e, AP_LIMIT, (int64_t)from, "config.json", "config.json has more than %u members", (unsigned)AP_LIMIT_KV);
-    if (kind == AP_J_ARR) {
-        for (int depth = c->j.depth; c->j.depth >= depth; ) AP_TRY(ap_json_next(&c->j, &kind, e));
-        kv.s = (ap_str){ c->j.p + from, c->j.pos - from };
-    }
-    if (kind == AP_J_OBJ) kv.n = !st_empty_object(&c->j, from, &kv.s);
-    if (kind == AP_J_NULL) kv.kind = AP_V_NULL;
-    if (kind == AP_J_TRUE || kind == AP_J_FALSE) { kv.kind = AP_V_BOOL; kv.v.b = kind == AP_J_TRUE; }
-    if (kind == AP_J_INT || kind == AP_J_NUM) st_config_number(&c->j, kind, &kv);
-    c->text += n + (kind == AP_J_STR ? span.n : 0);
-    if (!c->kv) { c->n++; return AP_OK; }
-    kv.key = (ap_str){ memcpy(f->text + f->text_n, c->path, n), n };
-    f->text_n += n;
-    if (kind == AP_J_STR) { kv.kind = AP_V_STR; AP_TRY(st_text(f, &c->j, span, &kv.s, e)); }
-    c->kv[c->n++] = kv;
-    return AP_OK;
-}
-
-static int st_config_walk(st_config *c, ap_file *f, ap_err *e) {
+static int st_map_rows(st_reader *r, st_map *m, ap_err *e) {
     ap_jkind kind;
-    ap_json_init(&c->j, f->config, f->config_n);
-    c->n = 0;
-    c->text = 0;
-    c->len[0] = 0;
-    AP_TRY(ap_json_next(&c->j, &kind, e));
-    if (kind != AP_J_OBJ) return ap_fail_at(e, AP_JSON, 0, "config.json", "config.json is not a JSON object");
-    while (c->j.depth) {
-        AP_TRY(ap_json_next(&c->j, &kind, e));
-        if (kind == AP_J_OBJ_END) continue;
-        AP_TRY(st_config_key(c, e));
-        AP_TRY(ap_json_next(&c->j, &kind, e));
-        AP_TRY(st_config_value(c, kind, f, e));
+    AP_TRY(st_expect(r, AP_J_OBJ, "weight_map, an object,", e));
+    for (;;) {
+        AP_TRY(ap_json_next(&r->j, &kind, e));
+        if (kind == AP_J_OBJ_END) return AP_OK;
+        if (m->n == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, (int64_t)r->j.pos, "weight_map", "weight_map has more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
+        AP_TRY(st_map_row(r, m, e));
     }
-    return ap_json_next(&c->j, &kind, e);
 }
 
-/* An object that has members is known by them. */
-static void st_drop_objects(ap_file *f) {
-    int kept = 0;
-    for (int i = 0; i < f->nkv; i++)
-        if (!(f->kv[i].kind == AP_V_JSON && f->kv[i].n)) f->kv[kept++] = f->kv[i];
-    f->nkv = kept;
+static int st_map_read(st_reader *r, st_map *m, ap_err *e) {
+    ap_jkind kind;
+    int seen = 0;
+    ap_json_init(&r->j, (const char *)r->f->p, r->f->n);
+    AP_TRY(st_expect(r, AP_J_OBJ, "an object with weight_map", e));
+    for (;;) {
+        AP_TRY(ap_json_next(&r->j, &kind, e));
+        if (kind == AP_J_OBJ_END) break;
+        int map = ap_str_is(r->j.span, "weight_map");
+        if (map && seen++) return ap_fail_at(e, AP_DUPLICATE, (int64_t)r->j.pos, "weight_map", "weight_map is there twice");
+        AP_TRY(map ? st_map_rows(r, m, e) : ap_json_skip(&r->j, e));
+    }
+    AP_TRY(ap_json_next(&r->j, &kind, e));
+    return seen ? AP_OK : ap_fail_at(e, AP_JSON, -1, "weight_map", "the index has no weight_map");
 }
 
-static int st_config_read(st_config *c, ap_file *f, ap_err *e) {
-    int rc = f->config ? st_config_walk(c, f, e) : AP_OK;
-    if (rc && !e->field[0]) memcpy(e->field, "config.json", sizeof "config.json");
+static int st_by_shard(const void *a, const void *b) {
+    const st_place *x = a, *y = b;
+    uint64_t n = x->shard.n < y->shard.n ? x->shard.n : y->shard.n;
+    int d = memcmp(x->shard.p, y->shard.p, (size_t)n);
+    return d ? d : (x->shard.n > y->shard.n) - (x->shard.n < y->shard.n);
+}
+
+/* Opens every shard that the map names, once, in order of their names. */
+static int st_open_shards(ap_file *f, const st_map *m, ap_err *e) {
+    int shards = 0;
+    for (int i = 0; i < m->n; i++) shards += !i || st_by_shard(&m->place[i - 1], &m->place[i]);
+    if (shards > AP_LIMIT_SHARDS) return ap_fail_at(e, AP_LIMIT, -1, "weight_map", "weight_map names %d files, at most %d are read", shards, (int)AP_LIMIT_SHARDS);
+    for (int i = 0; i < m->n; i++)
+        if (!i || st_by_shard(&m->place[i - 1], &m->place[i])) AP_TRY(ap_file_open_shard(f, m->place[i].shard, e));
+    return ap_file_adopt(f, e);
+}
+
+/* Each tensor lies in the shard that the map names, and the shards hold no other. */
+static int st_map_agrees(const ap_file *f, const st_map *m, ap_err *e) {
+    char name[132];
+    int shard = -1;
+    for (int i = 0; i < m->n; i++) {
+        shard += !i || st_by_shard(&m->place[i - 1], &m->place[i]);
+        const ap_tensor *t = ap_file_tensor(f, m->place[i].tensor);
+        ap_show(name, m->place[i].tensor.p, m->place[i].tensor.n);
+        if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', no shard holds it", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+        if (t->part != shard + 1)
+            return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', it lies in another shard", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+    }
+    if (f->nt == m->n) return AP_OK;
+    return ap_fail_at(e, AP_COUNT, -1, "weight_map", "the index places %d tensors, its shards hold %d", m->n, f->nt);
+}
+
+static int st_parse_index(st_reader *r, ap_err *e) {
+    ap_file *f = r->f;
+    st_map m = { NULL, 0, 0 };
+    int *order = NULL, rc, twice = 0;
+    if (!(f->text = ap_alloc(f->n, 1))) return st_memory(e);
+    rc = st_map_read(r, &m, e);
+    if (!rc && !(order = ap_alloc((uint64_t)m.n, sizeof *order))) rc = st_memory(e);
+    if (!rc && (twice = ap_file_twice(m.place, m.n, sizeof *m.place, order)))
+        rc = ap_fail_at(e, AP_DUPLICATE, -1, "weight_map", "weight_map has the tensor '%.*s' twice", (int)m.place[order[twice]].tensor.n, m.place[order[twice]].tensor.p);
+    if (!rc && m.n) qsort(m.place, (size_t)m.n, sizeof *m.place, st_by_shard);
+    if (!rc) rc = st_open_shards(f, &m, e);
+    if (!rc) rc = st_map_agrees(f, &m, e);
+    ap_free(order);
+    ap_free(m.place);
     return rc;
+}
+
+/* --- the file ---------------------------------------------------------------------------------------------------------------------------- */
+
+/* A shard's configuration is that of the model, which is read once. */
+static int st_config(ap_file *f, ap_err *e) {
+    if (f->is_shard) return AP_OK;
+    if (!f->config) AP_TRY(ap_file_beside(f, "config.json", &f->config, &f->config_n, e));
+    return f->config ? ap_file_pairs(f, "config.json", f->config, f->config_n, 0, e) : AP_OK;
 }
 
 int ap_safetensors_parse(ap_file *f, ap_err *e) {
     st_reader r = { .f = f };
-    st_config c = { .n = 0 };
-    uint64_t room;
+    if (!f->is_shard && st_is_index(f)) {
+        AP_TRY(st_config(f, e));
+        return st_parse_index(&r, e);
+    }
     AP_TRY(st_frame(&r, e));
-    if (!f->config) AP_TRY(ap_file_beside(f, "config.json", &f->config, &f->config_n, e));
-    AP_TRY(st_config_read(&c, f, e));
-    if (!ap_add_ok(r.j.n, c.text, &room) || !(f->text = ap_alloc(room, 1)) || !(f->kv = c.kv = ap_alloc((uint64_t)c.n, sizeof *c.kv))) return st_memory(e);
+    AP_TRY(st_config(f, e));
+    if (!(f->text = ap_alloc(r.j.n, 1))) return st_memory(e);
     AP_TRY(st_header(&r, e));
-    AP_TRY(st_config_read(&c, f, e));
-    f->nkv = c.n;
     AP_TRY(ap_file_index(f, e));
-    st_drop_objects(f);
     return st_cover(&r, e);
 }

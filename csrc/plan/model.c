@@ -8,34 +8,60 @@
 #include <stdio.h>
 #include <string.h>
 
-static int mdl_is_gguf(const ap_file *f) { return !strcmp(f->kind->name, "gguf"); }
+static const char *const mdl_spelled[AP_IN_N] = { "gguf", "safetensors", "apr" }, *const mdl_source[AP_IN_N] = { "GGUF", "config.json", "APR" };
 
-/* Does the key match a pattern of hparams.def?  "%s" is the architecture, a trailing * any rest. */
-static int mdl_match(ap_str key, const char *pattern, const char *arch) {
-    char want[160];
-    if (!*pattern) return 0;
-    snprintf(want, sizeof want, pattern[0] == '%' ? "%s%s" : "%.0s%s", arch, pattern[0] == '%' ? pattern + 2 : pattern);
-    size_t n = strlen(want);
-    if (want[n - 1] == '*') return key.n >= n - 1 && !memcmp(key.p, want, n - 1);
-    return key.n == n && !memcmp(key.p, want, n);
+static ap_spelling mdl_spelling(const ap_file *f) {
+    int i = 0;
+    while (i < AP_IN_N - 1 && strcmp(f->kind->name, mdl_spelled[i])) i++;
+    return (ap_spelling)i;
 }
 
-static const ap_kv *mdl_key(const ap_file *f, const char *pattern, const char *arch) {
+/* The next of several spellings, with the architecture's name put in; what is left of them is returned, NULL after the last. */
+static const char *mdl_next(const char *spellings, const char *arch, char want[160]) {
+    while (*spellings == ' ') spellings++;
+    int n = (int)strcspn(spellings, " ");
+    if (!n) return NULL;
+    if (spellings[0] == '%') snprintf(want, 160, "%s%.*s", arch, n - 2, spellings + 2);
+    else snprintf(want, 160, "%.*s", n, spellings);
+    return spellings + n;
+}
+
+/* Does the key match a pattern of hparams.def?  "%s" is the architecture, a trailing * any rest. */
+static int mdl_match(ap_str key, const char *patterns, const char *arch) {
     char want[160];
-    if (!*pattern) return NULL;
-    snprintf(want, sizeof want, pattern[0] == '%' ? "%s%s" : "%.0s%s", arch, pattern[0] == '%' ? pattern + 2 : pattern);
-    const ap_kv *kv = ap_file_kv(f, want);
+    while ((patterns = mdl_next(patterns, arch, want))) {
+        size_t n = strlen(want);
+        int any = want[n - 1] == '*';
+        if ((any ? key.n >= n - 1 : key.n == n) && !memcmp(key.p, want, any ? n - 1 : n)) return 1;
+    }
+    return 0;
+}
+
+static const ap_kv *mdl_present(const ap_file *f, const char *key) {
+    const ap_kv *kv = ap_file_kv(f, key);
     return kv && kv->kind != AP_V_NULL ? kv : NULL;
+}
+
+/* The tensor of a weight; name is its usual spelling, for messages.  APR has Hugging Face's names, and writers that kept GGUF's or dropped "model.". */
+static const ap_tensor *mdl_tensor(const ap_file *f, int row, int layer, char name[128]) {
+    const ap_weight_row *r = &ap_weights[row];
+    char other[128];
+    ap_spelling in = mdl_spelling(f);
+    snprintf(name, 128, in == AP_IN_GGUF ? r->gguf : r->hf, layer);
+    const ap_tensor *t = ap_file_tensor(f, (ap_str){ name, strlen(name) });
+    if (t || in != AP_IN_APR) return t;
+    snprintf(other, sizeof other, r->gguf, layer);
+    if ((t = ap_file_tensor(f, (ap_str){ other, strlen(other) }))) return t;
+    return strncmp(name, "model.", 6) ? NULL : ap_file_tensor(f, (ap_str){ name + 6, strlen(name + 6) });
 }
 
 /* ---- numbers out of keys ---- */
 
 static int mdl_int(const ap_kv *kv, const char *name, int64_t max, int *out, ap_err *e) {
-    char shown[132];
     if (kv->kind == AP_V_UINT && kv->v.u <= (uint64_t)max) { *out = (int)kv->v.u; return AP_OK; }
     if (kv->kind == AP_V_INT && kv->v.i >= 0 && kv->v.i <= max) { *out = (int)kv->v.i; return AP_OK; }
     if (kv->kind != AP_V_INT && kv->kind != AP_V_UINT)
-        return ap_fail_at(e, AP_KV_TYPE, -1, name, "%s must be an integer", ap_show(shown, name, strlen(name)));
+        return ap_fail_at(e, kv->raw_type || kv->kind == AP_V_ARR ? AP_KV_TYPE : AP_CONFIG, -1, name, "%s must be a whole number", name);
     return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %lld is outside 0..%lld", name, (long long)kv->v.i, (long long)max);
 }
 
@@ -43,7 +69,7 @@ static int mdl_num(const ap_kv *kv, const char *name, double *out, ap_err *e) {
     if (kv->kind == AP_V_FLOAT) *out = kv->v.f;
     else if (kv->kind == AP_V_UINT) *out = (double)kv->v.u;
     else if (kv->kind == AP_V_INT) *out = (double)kv->v.i;
-    else return ap_fail_at(e, AP_KV_TYPE, -1, name, "%s must be a number", name);
+    else return ap_fail_at(e, kv->raw_type || kv->kind == AP_V_ARR ? AP_KV_TYPE : AP_CONFIG, -1, name, "%s must be a number", name);
     *out = (double)(float)*out;     /* GGUF stores float32 and Hugging Face's float32 arithmetic rounds to it: so every container gives the same number */
     return AP_OK;
 }
@@ -54,22 +80,33 @@ static int *mdl_field(ap_hparams *h, int row) {
 }
 enum { MDL_KV_HEADS = 4, MDL_HEAD, MDL_VOCAB, MDL_CONTEXT, MDL_EPS, MDL_THETA };   /* rows of hparams.def with a rule of their own */
 
+/* One spelling's value into the field; of a second spelling the value must be the same. */
+static int mdl_take(ap_model *m, int row, const ap_kv *kv, const char *name, ap_err *e) {
+    ap_hparams *h = &m->h;
+    int *field = mdl_field(h, row), whole = 0, again = *m->source[row] != 0;
+    double *real = row == MDL_EPS ? &h->eps : &h->theta, number = 0;
+    if (field) AP_TRY(mdl_int(kv, name, row == MDL_CONTEXT ? INT32_MAX : AP_MAX_WIDTH, &whole, e));
+    else AP_TRY(mdl_num(kv, name, &number, e));
+    if (again && field ? whole != *field : again && number != *real)
+        return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %g contradicts %s = %g", name, field ? whole : number, strchr(m->source[row], ' ') + 1, field ? *field : *real);
+    if (again) return AP_OK;
+    snprintf(m->source[row], sizeof m->source[row], "%s %.70s", mdl_source[mdl_spelling(m->file)], name);
+    if (field) *field = whole;
+    else *real = number;
+    return AP_OK;
+}
+
 static int mdl_hparam(ap_model *m, int row, ap_err *e) {
     const ap_hparam_row *r = &ap_hparam_rows[row];
-    const char *arch = ap_archs[m->arch].name;
-    int gguf = mdl_is_gguf(m->file);
-    const ap_kv *kv = mdl_key(m->file, gguf ? r->gguf : r->hf, arch);
-    if (!kv && !gguf) kv = mdl_key(m->file, r->hf_old, arch);
-    char name[128];
-    snprintf(name, sizeof name, r->gguf[0] == '%' && gguf ? "%s%s" : "%.0s%s", arch, gguf ? r->gguf + 2 : r->hf);
-    if (!kv) {
-        if (r->required) return ap_fail_at(e, AP_MISSING, -1, name, "the file does not give %s, which %s models must have", name, arch);
-        return AP_OK;
+    const char *arch = ap_archs[m->arch].name, *spellings = r->key[mdl_spelling(m->file)], *rest;
+    char name[160], usual[160];
+    mdl_next(spellings, arch, usual);
+    for (rest = spellings; (rest = mdl_next(rest, arch, name)); ) {
+        const ap_kv *kv = mdl_present(m->file, name);
+        if (kv) AP_TRY(mdl_take(m, row, kv, name, e));
     }
-    snprintf(m->source[row], sizeof m->source[row], "%s %.*s", gguf ? "GGUF" : "config.json", (int)(kv->key.n < 70 ? kv->key.n : 70), kv->key.p);
-    int *field = mdl_field(&m->h, row);
-    if (field) return mdl_int(kv, name, row == MDL_CONTEXT ? INT32_MAX : AP_MAX_WIDTH, field, e);
-    return mdl_num(kv, name, row == MDL_EPS ? &m->h.eps : &m->h.theta, e);
+    if (*m->source[row] || !r->required) return AP_OK;
+    return ap_fail_at(e, AP_MISSING, -1, usual, "the file does not give %s, which %s models must have", usual, arch);
 }
 
 /* What a DERIVED hyper-parameter is when the file does not give it; always said, never silent. */
@@ -83,8 +120,8 @@ static int mdl_derive(ap_model *m, ap_err *e) {
         strcpy(m->source[MDL_HEAD], "not given: width / heads");
     }
     if (!*m->source[MDL_VOCAB]) {
-        const char *name = mdl_is_gguf(m->file) ? ap_weights[AP_W_token_embd].gguf : ap_weights[AP_W_token_embd].hf;
-        const ap_tensor *t = ap_file_tensor(m->file, (ap_str){ name, strlen(name) });
+        char name[128];
+        const ap_tensor *t = mdl_tensor(m->file, AP_W_token_embd, -1, name);
         if (!t || t->nd < 1 || t->dim[0] > AP_MAX_VOCAB) return ap_fail_at(e, AP_MISSING, -1, name, "no %s, so the vocabulary size is unknown", name);
         h->vocab = (int)t->dim[0];
         strcpy(m->source[MDL_VOCAB], "not given: rows of the token table");
@@ -140,69 +177,91 @@ static int mdl_rule_holds(const ap_model *m, const ap_kv *kv, int rule) {
     }
 }
 
-static int mdl_known(const ap_model *m, ap_str key, int gguf, const char *arch) {
-    (void)m;
-    for (int i = 0; i < ap_hparam_rows_n; i++) {
-        const ap_hparam_row *r = &ap_hparam_rows[i];
-        if (gguf ? mdl_match(key, r->gguf, arch) : mdl_match(key, r->hf, arch) || mdl_match(key, r->hf_old, arch)) return 1;
-    }
-    for (int i = 0; i < ap_ignored_n; i++) if (mdl_match(key, gguf ? ap_ignored[i].gguf : ap_ignored[i].hf, arch)) return 1;
+static int mdl_known(ap_str key, ap_spelling in, const char *arch) {
+    for (int i = 0; i < ap_hparam_rows_n; i++) if (mdl_match(key, ap_hparam_rows[i].key[in], arch)) return 1;
+    for (int i = 0; i < ap_ignored_n; i++) if (mdl_match(key, ap_ignored[i].key[in], arch)) return 1;
     return 0;
 }
 
-static int mdl_keys(const ap_model *m, ap_err *e) {
+static int mdl_key(const ap_model *m, const ap_kv *kv, ap_spelling in, ap_err *e) {
     const char *arch = ap_archs[m->arch].name;
-    int gguf = mdl_is_gguf(m->file);
-    for (int i = 0; i < m->file->nkv; i++) {
-        const ap_kv *kv = &m->file->kv[i];
-        if (kv->kind == AP_V_NULL || mdl_known(m, kv->key, gguf, arch)) continue;
-        char shown[132], value[132] = "";
-        ap_show(shown, kv->key.p, kv->key.n);
-        if (kv->kind == AP_V_STR) ap_show(value, kv->s.p, kv->s.n); else snprintf(value, sizeof value, "%g", mdl_value(kv));
-        int row = 0;
-        while (row < ap_checks_n && !mdl_match(kv->key, gguf ? ap_checks[row].gguf : ap_checks[row].hf, arch)) row++;
-        if (row == ap_checks_n)
-            return ap_fail_at(e, AP_UNSUPPORTED, -1, shown, "the file gives %s = %s, which this engine does not know and will not ignore", shown, value);
-        if (!mdl_rule_holds(m, kv, ap_checks[row].rule))
-            return ap_fail_at(e, AP_UNSUPPORTED, -1, shown, "%s = %s means %s, which this engine does not compute", shown, value, ap_checks[row].meaning);
-    }
+    if (kv->kind == AP_V_NULL || mdl_known(kv->key, in, arch)) return AP_OK;
+    char shown[132], value[132] = "";
+    ap_show(shown, kv->key.p, kv->key.n);
+    if (kv->kind == AP_V_STR) ap_show(value, kv->s.p, kv->s.n); else snprintf(value, sizeof value, "%g", mdl_value(kv));
+    int row = 0;
+    while (row < ap_checks_n && !mdl_match(kv->key, ap_checks[row].key[in], arch)) row++;
+    if (row == ap_checks_n)
+        return ap_fail_at(e, AP_UNSUPPORTED, -1, shown, "the file gives %s = %s, which this engine does not know and will not ignore", shown, value);
+    if (mdl_rule_holds(m, kv, ap_checks[row].rule)) return AP_OK;
+    return ap_fail_at(e, AP_UNSUPPORTED, -1, shown, "%s = %s means %s, which this engine does not compute", shown, value, ap_checks[row].meaning);
+}
+
+static int mdl_keys(const ap_model *m, ap_err *e) {
+    ap_spelling in = mdl_spelling(m->file);
+    for (int i = 0; i < m->file->nkv; i++) AP_TRY(mdl_key(m, &m->file->kv[i], in, e));
     return AP_OK;
 }
 
 /* ---- architecture ---- */
 
+/* The keys that may name the architecture, by its own name or by Hugging Face's class.  Two that name different ones are refused; in APR, where any of
+** them may hold something else, one that is known is enough. */
+static const char *const mdl_arch_keys[AP_IN_N] = { "general.architecture", "model_type", "architecture hf_model_type model_type hf_architecture" };
+
+static int mdl_arch_of(ap_str s) {
+    int i = 0;
+    while (i < AP_ARCH_N && !ap_str_is(s, ap_archs[i].name) && !ap_str_is(s, ap_archs[i].hf_class)) i++;
+    return i;
+}
+
 static int mdl_arch(ap_model *m, ap_err *e) {
-    int gguf = mdl_is_gguf(m->file);
-    const char *key = gguf ? "general.architecture" : "model_type";
-    const ap_kv *kv = ap_file_kv(m->file, key);
-    if (!kv) {
-        if (!gguf && !m->file->config) return ap_fail_at(e, AP_MISSING, -1, "config.json", "no config.json beside the safetensors file: give the folder that holds both");
-        return ap_fail_at(e, AP_MISSING, -1, key, "the file does not give %s", key);
+    ap_spelling in = mdl_spelling(m->file);
+    char key[160], usual[160], shown[132] = "";
+    const char *rest = mdl_arch_keys[in];
+    m->arch = AP_ARCH_N;
+    mdl_next(rest, "", usual);
+    while ((rest = mdl_next(rest, "", key))) {
+        const ap_kv *kv = ap_file_kv(m->file, key);
+        if (!kv) continue;
+        if (kv->kind != AP_V_STR) return ap_fail_at(e, in == AP_IN_GGUF ? AP_KV_TYPE : AP_CONFIG, -1, key, "%s must be a string", key);
+        int found = mdl_arch_of(kv->s);
+        if (!*shown) ap_show(shown, kv->s.p, kv->s.n);
+        if (found == AP_ARCH_N) continue;
+        if (m->arch != AP_ARCH_N && m->arch != found) return ap_fail_at(e, AP_CONFIG, -1, key, "%s names %s, another key %s", key, ap_archs[found].name, ap_archs[m->arch].name);
+        m->arch = found;
     }
-    if (kv->kind != AP_V_STR) return ap_fail_at(e, AP_KV_TYPE, -1, key, "%s must be a string", key);
-    for (m->arch = 0; m->arch < AP_ARCH_N; m->arch++) if (ap_str_is(kv->s, ap_archs[m->arch].name)) break;
-    char shown[132];
-    if (m->arch == AP_ARCH_N) return ap_fail_at(e, AP_UNSUPPORTED, -1, key, "architecture %s is not supported", ap_show(shown, kv->s.p, kv->s.n));
+    if (m->arch < AP_ARCH_N) return AP_OK;
+    if (*shown) return ap_fail_at(e, AP_UNSUPPORTED, -1, usual, "architecture %s is not supported", shown);
+    if (in == AP_IN_HF && !m->file->config) return ap_fail_at(e, AP_MISSING, -1, "config.json", "no config.json beside the safetensors file: give the folder that holds both");
+    return ap_fail_at(e, AP_MISSING, -1, usual, "the file does not give %s", usual);
+}
+
+/* What the container did to the weights: a row of quirks.def, and in APR what rope_type says: 2 halves, as Hugging Face has them, 0 neighbours, whose weights
+** are those of a GGUF. */
+static int mdl_quirks(ap_model *m, ap_err *e) {
+    static const char key[] = "rope_type";
     m->flags = ap_archs[m->arch].flags;
     for (int i = 0; i < ap_quirks_n; i++)
         if (ap_quirks[i].arch == m->arch && !strcmp(ap_quirks[i].container, m->file->kind->name)) m->quirks |= ap_quirks[i].quirk;
+    const ap_kv *kv = mdl_spelling(m->file) == AP_IN_APR ? mdl_present(m->file, key) : NULL;
+    if (!kv || mdl_value(kv) == 2) return AP_OK;
+    if (mdl_value(kv) != 0) return ap_fail_at(e, AP_CONFIG, -1, key, "%s is %g, 0 (neighbours) or 2 (halves) was expected", key, mdl_value(kv));
+    if (m->flags & (AP_FLAG_QKV_BIAS | AP_FLAG_QK_NORM)) return ap_fail_at(e, AP_UNSUPPORTED, -1, key, "%s 0 in a %s model: its biases and norms would have to be interleaved too", key, ap_archs[m->arch].name);
+    m->quirks |= AP_QUIRK_ROPE_PAIRS;
     return AP_OK;
 }
 
-/* GGUF has no key for a shared head: the absence of the tensor is the only sign there is.  config.json says it. */
+/* GGUF has no key for a shared head, and in APR it may be missing: then the absence of the tensor is the only sign there is.  config.json says it. */
 static void mdl_options(ap_model *m) {
     uint32_t may = ap_archs[m->arch].optional;
-    int untied, biased = 0;
-    if (mdl_is_gguf(m->file)) {
-        const char *name = ap_weights[AP_W_output].gguf;
-        untied = ap_file_tensor(m->file, (ap_str){ name, strlen(name) }) != NULL;
-    } else {
-        const ap_kv *tie = ap_file_kv(m->file, "tie_word_embeddings"), *bias = ap_file_kv(m->file, "attention_bias");
-        untied = !(tie && tie->kind == AP_V_BOOL && tie->v.b);
-        biased = bias && bias->kind == AP_V_BOOL && bias->v.b;
-    }
+    ap_spelling in = mdl_spelling(m->file);
+    char name[128];
+    const ap_kv *tie = in == AP_IN_GGUF ? NULL : ap_file_kv(m->file, "tie_word_embeddings"), *bias = in == AP_IN_GGUF ? NULL : ap_file_kv(m->file, "attention_bias");
+    int said = tie && tie->kind == AP_V_BOOL;
+    int untied = said || in == AP_IN_HF ? !(said && tie->v.b) : mdl_tensor(m->file, AP_W_output, -1, name) != NULL;
     if (untied) m->flags |= may & AP_FLAG_UNTIED;
-    if (biased) m->flags |= may & (AP_FLAG_QKV_BIAS | AP_FLAG_O_BIAS);
+    if (bias && bias->kind == AP_V_BOOL && bias->v.b) m->flags |= may & (AP_FLAG_QKV_BIAS | AP_FLAG_O_BIAS);
 }
 
 /* ---- weights ---- */
@@ -235,16 +294,10 @@ static void mdl_dims_text(char out[64], const int64_t *dim, int nd) {
     for (int i = 0; i < nd && at < 48; i++) at += snprintf(out + at, 64 - (size_t)at, i ? ", %lld" : "%lld", (long long)dim[i]);
 }
 
-/* These can be shown, but float32 would round them, or they are codes whose scales lie in some tensor that this engine does not know. */
-static int mdl_no_weight(const ap_format *f) {
-    return f == &ap_formats[AP_F_F64] || f == &ap_formats[AP_F_I8] || f == &ap_formats[AP_F_I16] || f == &ap_formats[AP_F_I32];
-}
-
 static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {
     const ap_weight_row *r = &ap_weights[row];
     char name[128];
-    snprintf(name, sizeof name, mdl_is_gguf(m->file) ? r->gguf : r->hf, layer);
-    const ap_tensor *t = ap_file_tensor(m->file, (ap_str){ name, strlen(name) });
+    const ap_tensor *t = mdl_tensor(m->file, row, layer, name);
     e->layer = layer;
     if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "tensor %s is missing: %s models need it", name, ap_archs[m->arch].name);
     int64_t rows, cols, want[2];
@@ -255,7 +308,7 @@ static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {
         mdl_dims_text(a, t->dim, t->nd); mdl_dims_text(b, want, nd);
         return ap_fail_at(e, AP_CONFIG, -1, name, "%s has shape [%s], the hyper-parameters demand [%s]", name, a, b);
     }
-    if (!t->fmt->decode || mdl_no_weight(t->fmt))
+    if (!t->fmt->decode)
         return ap_fail_at(e, AP_UNSUPPORTED, -1, name, "%s is stored as %s, which this engine cannot compute with yet", name, t->fmt->name);
     if (r->form != AP_FORM_MATRIX && t->fmt->block != 1)
         return ap_fail_at(e, AP_CONFIG, -1, name, "%s is stored as %s; a norm weight or bias must be F32, F16 or BF16", name, t->fmt->name);
@@ -291,6 +344,7 @@ static int mdl_tokens(const ap_model *m, ap_err *e) {
 
 static int mdl_bind(ap_model *m, ap_err *e) {
     AP_TRY(mdl_arch(m, e));
+    AP_TRY(mdl_quirks(m, e));
     for (int row = 0; row < ap_hparam_rows_n; row++) AP_TRY(mdl_hparam(m, row, e));
     AP_TRY(mdl_derive(m, e));
     AP_TRY(mdl_range(m, e));

@@ -52,7 +52,7 @@ const int ap_quirks_n = COUNT(ap_quirks);
 #define REQUIRED 1
 #define DERIVED 0
 const ap_hparam_row ap_hparam_rows[] = {
-#define P(field, kind, gguf, hf, old, need) { #field, kind, need, gguf, hf, old },
+#define P(field, kind, gguf, hf, apr, need) { #field, kind, need, { gguf, hf, apr } },
 #define C(...)
 #define N(...)
 #include "hparams.def"
@@ -64,7 +64,7 @@ const int ap_hparam_rows_n = COUNT(ap_hparam_rows);
 #undef DERIVED
 const ap_check_row ap_checks[] = {
 #define P(...)
-#define C(gguf, hf, rule, meaning) { gguf, hf, AP_RULE_##rule, meaning },
+#define C(gguf, hf, apr, rule, meaning) { { gguf, hf, apr }, AP_RULE_##rule, meaning },
 #define N(...)
 #include "hparams.def"
 };
@@ -72,7 +72,7 @@ const int ap_checks_n = COUNT(ap_checks);
 const ap_ignored_row ap_ignored[] = {
 #define P(...)
 #define C(...)
-#define N(gguf, hf) { gguf, hf },
+#define N(gguf, hf, apr) { { gguf, hf, apr } },
 #include "hparams.def"
 };
 const int ap_ignored_n = COUNT(ap_ignored);

@@ -71,10 +71,11 @@ typedef struct { const char *name, *text; } ap_named_row;
 typedef struct { const char *name, *gguf, *hf, *shape; int group, form, otherwise; uint32_t flag; } ap_weight_row;
 typedef struct { const char *name, *hf_class; uint32_t flags, optional; } ap_arch_row;
 typedef struct { int arch; const char *container; uint32_t quirk; } ap_quirk_row;
-typedef struct { const char *field; int is_int, required; const char *gguf, *hf, *hf_old; } ap_hparam_row;
+typedef enum { AP_IN_GGUF, AP_IN_HF, AP_IN_APR, AP_IN_N } ap_spelling;      /* whose names a container uses: a column of hparams.def */
+typedef struct { const char *field; int is_int, required; const char *key[AP_IN_N]; } ap_hparam_row;
 typedef enum { AP_RULE_HEAD, AP_RULE_FALSE, AP_RULE_TRUE, AP_RULE_ONE, AP_RULE_SILU, AP_RULE_DEFAULT, AP_RULE_FULL, AP_RULE_NULL_ONLY, AP_RULE_OPTION, AP_RULE_ABSENT } ap_rule;
-typedef struct { const char *gguf, *hf; int rule; const char *meaning; } ap_check_row;
-typedef struct { const char *gguf, *hf; } ap_ignored_row;
+typedef struct { const char *key[AP_IN_N]; int rule; const char *meaning; } ap_check_row;
+typedef struct { const char *key[AP_IN_N]; } ap_ignored_row;
 
 enum { AP_QUIRK_ROPE_PAIRS = 1 };
 

@@ -9,9 +9,10 @@ typedef struct { PyObject_HEAD ap_file *f; } py_file;
 
 static PyStructSequence_Field file_info_fields[] = {
     { "name", "tensor name" }, { "format", "number format, as in FORMATS" }, { "shape", "outermost first" },
-    { "nbytes", "bytes in the file" }, { "offset", "offset of the data in the file" }, { NULL, NULL },
+    { "nbytes", "bytes in the file" }, { "offset", "offset of the data in its file" }, { "part", "index in File.parts: the file that holds it" }, { NULL, NULL },
 };
-PyStructSequence_Desc ap_tensor_info_desc = { "aprender._core.TensorInfo", "A tensor of a file.", file_info_fields, 5 };
+enum { FILE_INFO_N = sizeof file_info_fields / sizeof *file_info_fields - 1 };
+PyStructSequence_Desc ap_tensor_info_desc = { "aprender._core.TensorInfo", "A tensor of a file.", file_info_fields, FILE_INFO_N };
 
 const ap_file *ap_file_of(PyObject *o) { return ((py_file *)o)->f; }
 
@@ -145,7 +146,8 @@ static PyObject *file_info(ap_state *st, const ap_tensor *t) {
     PyStructSequence_SET_ITEM(info, 2, file_shape(t));
     PyStructSequence_SET_ITEM(info, 3, PyLong_FromUnsignedLongLong(t->bytes));
     PyStructSequence_SET_ITEM(info, 4, PyLong_FromUnsignedLongLong(t->offset));
-    for (int i = 0; i < 5; i++) if (!PyStructSequence_GET_ITEM(info, i)) { Py_DECREF(info); return NULL; }
+    PyStructSequence_SET_ITEM(info, 5, PyLong_FromLong(t->part));
+    for (int i = 0; i < FILE_INFO_N; i++) if (!PyStructSequence_GET_ITEM(info, i)) { Py_DECREF(info); return NULL; }
     return info;
 }
 
@@ -198,7 +200,43 @@ static PyObject *file_dequantize(PyObject *self, PyObject *name) {
 static PyObject *file_path(PyObject *self, void *unused) { (void)unused; return PyUnicode_DecodeFSDefault(ap_file_of(self)->path); }
 static PyObject *file_container(PyObject *self, void *unused) { (void)unused; return PyUnicode_FromString(ap_file_of(self)->kind->name); }
 static PyObject *file_version(PyObject *self, void *unused) { (void)unused; return PyLong_FromUnsignedLong(ap_file_of(self)->version); }
-static PyObject *file_nbytes(PyObject *self, void *unused) { (void)unused; return PyLong_FromUnsignedLongLong(ap_file_of(self)->n); }
+static PyObject *file_nbytes(PyObject *self, void *unused) {
+    const ap_file *f = ap_file_of(self);
+    uint64_t n = f->n;
+    (void)unused;
+    for (int i = 0; i < f->nshard; i++) n += f->shard[i]->n;
+    return PyLong_FromUnsignedLongLong(n);
+}
+static PyObject *file_parts(PyObject *self, void *unused) {
+    const ap_file *f = ap_file_of(self);
+    PyObject *t = PyTuple_New(f->nshard + 1);
+    (void)unused;
+    for (int i = 0; t && i <= f->nshard; i++) {
+        PyObject *path = PyUnicode_DecodeFSDefault(i ? f->shard[i - 1]->path : f->path);
+        if (!path) Py_CLEAR(t); else PyTuple_SET_ITEM(t, i, path);
+    }
+    return t;
+}
+static PyObject *file_notes(PyObject *self, void *unused) {
+    const ap_file *f = ap_file_of(self);
+    PyObject *t = PyTuple_New(f->nnotes);
+    (void)unused;
+    for (int i = 0; t && i < f->nnotes; i++) {
+        PyObject *s = PyUnicode_DecodeUTF8(f->note[i], (Py_ssize_t)strlen(f->note[i]), "replace");     /* a note may be cut inside a character */
+        if (!s) Py_CLEAR(t); else PyTuple_SET_ITEM(t, i, s);
+    }
+    return t;
+}
+static PyObject *file_verify(PyObject *self, PyObject *unused) {
+    const ap_file *f = ap_file_of(self);
+    ap_err e = AP_ERR_INIT;
+    int checked = 0, rc;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    rc = ap_file_verify(f, &checked, &e);
+    Py_END_ALLOW_THREADS
+    return rc ? ap_raise(ap_state_of(Py_TYPE(self)), &e, f->path) : PyBool_FromLong(checked);
+}
 static PyObject *file_repr(PyObject *self) {
     const ap_file *f = ap_file_of(self);
     return PyUnicode_FromFormat("<aprender.File %s: %s, %d tensors, %llu bytes>", f->path, f->kind->name, f->nt, (unsigned long long)f->n);
@@ -208,7 +246,9 @@ static PyGetSetDef file_getset[] = {
     { "path", file_path, NULL, "str: the file that was opened; for a folder, its model.safetensors", NULL },
     { "container", file_container, NULL, "str: a row of CONTAINERS", NULL },
     { "version", file_version, NULL, "int: version of the container, 0 where it has none", NULL },
-    { "nbytes", file_nbytes, NULL, "int: size of the file", NULL },
+    { "nbytes", file_nbytes, NULL, "int: size of the file, of all parts together", NULL },
+    { "parts", file_parts, NULL, "tuple[str, ...]: the files of the model, the opened one first", NULL },
+    { "notes", file_notes, NULL, "tuple[str, ...]: what is odd about the file and no error", NULL },
     { "metadata", file_metadata, NULL, "dict: every key and value; config.json is flattened with dots", NULL },
     { "keys", file_keys, NULL, "tuple[str, ...]: the metadata keys, in file order", NULL },
     { "tensors", file_tensors, NULL, "tuple[TensorInfo, ...]: the tensors, in file order", NULL },
@@ -217,11 +257,12 @@ static PyGetSetDef file_getset[] = {
 static PyMethodDef file_methods[] = {
     { "get", file_get, METH_VARARGS, "get($self, key, default=None, /)\n--\n\nThe value of one metadata key, without building the others." },
     { "raw", file_raw, METH_O, "raw($self, name, /)\n--\n\nThe bytes of a tensor: uint8 view, read-only, not copied." },
+    { "verify", file_verify, METH_NOARGS, "verify($self, /)\n--\n\nRead every byte against the checksum of the container; False where it has none." },
     { "dequantize", file_dequantize, METH_O, "dequantize($self, name, /)\n--\n\nThe values of a tensor as float32, by the reference decoder." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot file_slots[] = {
     { Py_tp_new, file_new }, { Py_tp_dealloc, file_dealloc }, { Py_tp_repr, file_repr }, { Py_tp_getset, file_getset }, { Py_tp_methods, file_methods },
-    { Py_tp_doc, "File(path)\n--\n\nAn opened container: GGUF, safetensors, or a folder with model.safetensors and config.json." }, { 0, NULL },
+    { Py_tp_doc, "File(path)\n--\n\nAn opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json." }, { 0, NULL },
 };
 PyType_Spec ap_file_spec = { "aprender._core.File", sizeof(py_file), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, file_slots };

@@ -46,7 +46,7 @@ static PyObject *tab_arch(int i) {
 static PyObject *tab_quirk(int i) { return Py_BuildValue("(sss)", ap_archs[ap_quirks[i].arch].name, ap_quirks[i].container, "ROPE_PAIRS"); }
 static PyObject *tab_hparam(int i) {
     const ap_hparam_row *r = &ap_hparam_rows[i];
-    return Py_BuildValue("(ssssss)", r->field, r->is_int ? "INT" : "NUM", r->gguf, r->hf, r->hf_old, r->required ? "REQUIRED" : "DERIVED");
+    return Py_BuildValue("(ssssss)", r->field, r->is_int ? "INT" : "NUM", r->key[AP_IN_GGUF], r->key[AP_IN_HF], r->key[AP_IN_APR], r->required ? "REQUIRED" : "DERIVED");
 }
 static PyObject *tab_format(int i) {
     const ap_format *f = &ap_formats[i];

@@ -27,6 +27,10 @@ from aprender.text import keys
 PAIRED = ("attn_q", "attn_k")
 """The weights whose rows a container may interleave (csrc/plan/quirks.def)."""
 
+INTERLEAVED = "ROPE_PAIRS"
+NEIGHBOURS, HALVES = 0, 2
+"""APR's ``rope_type``: RoPE turns the pairs (2i, 2i + 1) of a head, or (i, i + h/2), as Hugging Face has it."""
+
 PIECE = 1 << 22
 """Values that are compared at a time."""
 
@@ -156,32 +160,30 @@ def _rows(model: _core.Model, container: str, weight: _core.WeightInfo, passed: 
     if weight.name not in PAIRED:
         return None
     count, head = weight.shape[0], int(model.hparams["head"])
-    target = _places(model.arch, container, count, head)
-    source = _places(model.arch, model.file.container, count, head) if passed else np.arange(count)
+    target = _places((model.arch, container, INTERLEAVED) in _core.QUIRKS, count, head)
+    source = _places(passed and _interleaved(model), count, head)
     rows = np.empty(count, np.intp)
     rows[target] = source
     return None if np.array_equal(rows, np.arange(count)) else rows
 
 
-def _places(arch: str, container: str, count: int, head: int) -> NDArray[np.intp]:
-    """In which row of the container each row of Hugging Face's order lies (``ap_weight_row_at`` of csrc/plan/model.h)."""
+def _interleaved(model: _core.Model) -> bool:
+    """Whether the rows of q and k lie in pairs: a quirk of the container, and in APR what ``rope_type`` says."""
+    file = model.file
+    return (model.arch, file.container, INTERLEAVED) in _core.QUIRKS or (file.container == "apr" and file.get("rope_type") == NEIGHBOURS)
+
+
+def _places(interleaved: bool, count: int, head: int) -> NDArray[np.intp]:
+    """In which row of the file each row of Hugging Face's order lies (``ap_weight_row_at`` of csrc/plan/model.h)."""
     n = np.arange(count)
-    if (arch, container, "ROPE_PAIRS") not in _core.QUIRKS:
-        return n
     i, half = n % head, head // 2
-    return n - i + np.where(i < half, 2 * i, 2 * (i - half) + 1)
+    return n - i + np.where(i < half, 2 * i, 2 * (i - half) + 1) if interleaved else n
 
 
 # ---- the keys --------------------------------------------------------------------------------------------------------------------------
 
 ABOUT = ("name", "description", "author", "license", "version")
 """What both containers say about a model; a GGUF with ``general.`` before it."""
-
-_APR_FIELDS = {"layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "theta": "rope_theta"}
-"""Hyper-parameters that APR does not call what config.json calls them."""
-
-SPLIT_HALVES = 2
-"""APR's ``rope_type`` for pairs (i, i + h/2), Hugging Face's order."""
 
 
 def _about(file: _core.File) -> dict[str, str]:
@@ -191,7 +193,7 @@ def _about(file: _core.File) -> dict[str, str]:
     said = {field: value for field, value in known.items() if isinstance(value, str) and value}
     path = Path(file.path).resolve()
     name = file.get("_name_or_path") if file.container == "safetensors" else None
-    fallback = Path(name).name if isinstance(name, str) and name else path.parent.name if path.stem == "model" else path.stem
+    fallback = Path(name).name if isinstance(name, str) and name else path.parent.name if path.stem.startswith("model") else path.stem
     return {"name": fallback} | said
 
 
@@ -212,8 +214,8 @@ def _gguf_metadata(model: _core.Model, file_type: int) -> dict[str, Any]:
     said: dict[str, Any] = {"general.architecture": model.arch, "general.type": "model"}
     said |= {f"general.{field}": value for field, value in _about(model.file).items()}
     said |= {"general.file_type": file_type, "general.quantization_version": 2}
-    said |= {row[2] % model.arch: value for row, value in _given(model)}
-    key, head = next((row[2] % model.arch, value) for row, value in _given(model) if row[0] == "head")
+    said |= {row[2].split()[0] % model.arch: value for row, value in _given(model)}
+    key, head = next((row[2].split()[0] % model.arch, value) for row, value in _given(model) if row[0] == "head")
     said |= {key.replace("key_length", "value_length"): head, f"{model.arch}.rope.dimension_count": head}
     return said
 
@@ -224,8 +226,8 @@ def _apr_metadata(model: _core.Model) -> dict[str, Any]:
     said: dict[str, Any] = {"architecture": model.arch, "model_type": model.arch, "hf_architecture": its_class, **_about(model.file)}
     said["original_format"] = model.file.container
     for row, value in _given(model):
-        said[_APR_FIELDS.get(row[0], row[3])] = value
-    said |= {"rope_type": SPLIT_HALVES, "tie_word_embeddings": model.tied}
+        said[row[4].split()[0]] = value
+    said |= {"rope_type": HALVES, "tie_word_embeddings": model.tied}
     if optional - {"UNTIED"}:
         said["attention_bias"] = bool(model.flags & optional - {"UNTIED"})
     return said
@@ -352,9 +354,11 @@ def carry_out(plan: Plan, path: Path, verify: bool, tell: Tell) -> list[dict[str
 def _verified(plan: Plan, written: str, final: Path, sums: Mapping[str, int], told: Callable[[int], None]) -> dict[str, float]:
     """Read the file as anybody would and hold it against the source; the relative RMS error of each tensor by its name."""
     file = _core.File(written)
+    file.verify()
     back = _core.Model(file)
-    if file.container != plan.container or file.nbytes != plan.layout.nbytes:
-        raise _not_the_same(final, None, f"{file.container} of {file.nbytes} bytes", f"{plan.container} of {plan.layout.nbytes}")
+    if file.notes or file.container != plan.container or file.nbytes != plan.layout.nbytes:
+        found = f"{file.container} of {file.nbytes} bytes{''.join(f', {note}' for note in file.notes)}"
+        raise _not_the_same(final, None, found, f"{plan.container} of {plan.layout.nbytes}")
     for what in ("arch", "flags", "hparams"):
         if getattr(back, what) != getattr(plan.model, what):
             raise _not_the_same(final, what, getattr(back, what), getattr(plan.model, what))
@@ -423,22 +427,26 @@ def _distance(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[
 # ---- before anything is touched --------------------------------------------------------------------------------------------------------
 
 
-def check_place(source: str, out: Path, force: bool) -> None:
-    """The target may be written, and writing it cannot harm the source; CannotRun if not."""
-
-    def refused(why: str, code: str = "PATH") -> CannotRun:
-        return CannotRun(f"{out}: {why}", code=code, path=str(out))
-
-    whole = Path(source, "model.safetensors") if os.path.isdir(source) else Path(source)
-    for place in (out, out.with_name(out.name + atomic.SUFFIX)):
-        if place.exists() and whole.exists() and place.samefile(whole):
-            raise refused(f"writing it would destroy the source, {whole}: give OUT another name")
+def check_place(out: Path, force: bool) -> None:
+    """The target may be written; CannotRun if not."""
     if not out.parent.is_dir():
-        raise refused(f"the folder {out.parent} does not exist")
+        raise _refused(out, f"the folder {out.parent} does not exist")
     if out.exists() and not out.is_file():
-        raise refused("exists and is not a regular file", "NOT_REGULAR")
+        raise _refused(out, "exists and is not a regular file", "NOT_REGULAR")
     if os.path.lexists(out) and not force:
-        raise refused("exists; --force replaces it")
+        raise _refused(out, "exists; --force replaces it")
+
+
+def check_apart(out: Path, parts: Sequence[str]) -> None:
+    """Writing the target harms no file of the source; CannotRun if it does."""
+    for place in (out, out.with_name(out.name + atomic.SUFFIX)):
+        for part in parts:
+            if place.exists() and place.samefile(part):
+                raise _refused(out, f"writing it would destroy the source, {part}: give OUT another name")
+
+
+def _refused(out: Path, why: str, code: str = "PATH") -> CannotRun:
+    return CannotRun(f"{out}: {why}", code=code, path=str(out))
 
 
 def check_room(out: Path, needed: int) -> None:

@@ -134,11 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     container, mix, out = _container(options.out), _mix(options.formats), Path(options.out)
 
     from aprender import _core
-    from aprender.conversion import carry_out, check_place, check_room, make_plan
+    from aprender.conversion import carry_out, check_apart, check_place, check_room, make_plan
 
     began = time.monotonic()
-    check_place(options.source, out, options.force)
-    plan = make_plan(_core.Model(_core.File(options.source)), container, mix, options.tokenizer)
+    check_place(out, options.force)
+    file = _core.File(options.source)
+    check_apart(out, file.parts)
+    plan = make_plan(_core.Model(file), container, mix, options.tokenizer)
     check_room(out, plan.layout.nbytes)
     with _show.Progress("converting", options.quiet or options.json) as tell:
         rows = carry_out(plan, out, options.verify, tell)

@@ -117,12 +117,12 @@ def make_plan(model: _core.Model, container: str, mix: mixes.Mix, with_tokenizer
     if not words:
         why = "the source has no tokenizer" if with_tokenizer else "the tokenizer is left out"
         notes.append(f"{why}: prompts for the result must be given as ids")
-    tensors = [job.tensor for job in jobs]
+    tensors, about = [job.tensor for job in jobs], _about(model.file, container, notes)
     if container == "apr":
-        layout = writers.apr_layout(_apr_metadata(model) | words, tensors)
+        layout = writers.apr_layout(_apr_metadata(model, about) | words, tensors)
     else:
-        keys = _gguf_metadata(model, _file_type(model, mix, jobs))
-        layout = writers.gguf_layout(keys | (words or {GGUF_TOKENIZER + "model": NO_TOKENIZER}), tensors)
+        said = _gguf_metadata(model, about, _file_type(model, mix, jobs))
+        layout = writers.gguf_layout(said | (words or {GGUF_TOKENIZER + "model": NO_TOKENIZER}), tensors)
     return Plan(model, container, jobs, layout, bool(words), digest, tuple(notes))
 
 
@@ -185,16 +185,36 @@ def _places(interleaved: bool, count: int, head: int) -> NDArray[np.intp]:
 ABOUT = ("name", "description", "author", "license", "version")
 """What both containers say about a model; a GGUF with ``general.`` before it."""
 
+APR_ABOUT = (*ABOUT, "source", "data_source", "data_license", "created_at", "chat_format")
+"""What an APR may say about a model besides what the forward pass and the tokenizer need."""
 
-def _about(file: _core.File) -> dict[str, str]:
-    """Name, licence and so on, as the source says them; the name is that of the file or folder if it says none."""
-    prefix = "general." if file.container == "gguf" else ""
-    known = {} if file.container == "safetensors" else {field: file.get(prefix + field) for field in ABOUT}
-    said = {field: value for field, value in known.items() if isinstance(value, str) and value}
+GENERAL = "general."
+SET_HERE = ("architecture", "type", "file_type", "quantization_version", "alignment")
+"""Keys of ``general.`` that describe the file: each file has its own."""
+
+
+def _said(file: _core.File) -> dict[str, Any]:
+    """What the source says about the model, without ``general.``."""
+    if file.container == "gguf":
+        names = [key.removeprefix(GENERAL) for key in file.keys if key.startswith(GENERAL)]
+        return {name: file.get(GENERAL + name) for name in names if name not in SET_HERE}
+    if file.container == "apr":
+        return {name: file.get(name) for name in APR_ABOUT if isinstance(file.get(name), str)}
+    said = file.get("_name_or_path")
+    return {"name": Path(said).name} if isinstance(said, str) and said else {}
+
+
+def _about(file: _core.File, container: str, notes: list[str]) -> dict[str, Any]:
+    """What the target says about the model, between containers only what both have words for.
+
+    A name there is always, that of the file or folder if need be.
+    """
+    said = {name: value for name, value in _said(file).items() if value != ""}
+    kept = {name: value for name, value in said.items() if file.container == container or (name in ABOUT and isinstance(value, str))}
+    if len(kept) < len(said):
+        notes.append(f"left behind, for want of such keys in {container}: {', '.join(sorted(said.keys() - kept.keys()))}")
     path = Path(file.path).resolve()
-    name = file.get("_name_or_path") if file.container == "safetensors" else None
-    fallback = Path(name).name if isinstance(name, str) and name else path.parent.name if path.stem.startswith("model") else path.stem
-    return {"name": fallback} | said
+    return {"name": path.parent.name if path.stem.startswith("model") else path.stem} | kept
 
 
 def _given(model: _core.Model) -> Iterator[tuple[tuple[str, str, str, str, str, str], int | float]]:
@@ -209,10 +229,10 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _gguf_metadata(model: _core.Model, file_type: int) -> dict[str, Any]:
+def _gguf_metadata(model: _core.Model, about: Mapping[str, Any], file_type: int) -> dict[str, Any]:
     """The keys of a GGUF, in the order in which llama.cpp writes them."""
     said: dict[str, Any] = {"general.architecture": model.arch, "general.type": "model"}
-    said |= {f"general.{field}": value for field, value in _about(model.file).items()}
+    said |= {GENERAL + field: value for field, value in about.items()}
     said |= {"general.file_type": file_type, "general.quantization_version": 2}
     said |= {row[2].split()[0] % model.arch: value for row, value in _given(model)}
     key, head = next((row[2].split()[0] % model.arch, value) for row, value in _given(model) if row[0] == "head")
@@ -220,10 +240,10 @@ def _gguf_metadata(model: _core.Model, file_type: int) -> dict[str, Any]:
     return said
 
 
-def _apr_metadata(model: _core.Model) -> dict[str, Any]:
+def _apr_metadata(model: _core.Model, about: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of an APR."""
     its_class, optional = next((row[1], row[3]) for row in _core.ARCHS if row[0] == model.arch)
-    said: dict[str, Any] = {"architecture": model.arch, "model_type": model.arch, "hf_architecture": its_class, **_about(model.file)}
+    said: dict[str, Any] = {"architecture": model.arch, "model_type": model.arch, "hf_architecture": its_class, **about}
     said["original_format"] = model.file.container
     for row, value in _given(model):
         said[row[4].split()[0]] = value
@@ -353,16 +373,24 @@ def carry_out(plan: Plan, path: Path, verify: bool, tell: Tell) -> list[dict[str
 
 def _verified(plan: Plan, written: str, final: Path, sums: Mapping[str, int], told: Callable[[int], None]) -> dict[str, float]:
     """Read the file as anybody would and hold it against the source; the relative RMS error of each tensor by its name."""
-    file = _core.File(written)
-    file.verify()
-    back = _core.Model(file)
+    try:
+        file = _core.File(written)
+        file.verify()
+        back = _core.Model(file)
+        tokenizer = text.for_model(written, file) if plan.digest or not plan.tokenizer else None
+    except Error as problem:
+        raise CannotRun(
+            f"{final}: what was written cannot be read back, so it is not kept: {problem}",
+            code=problem.code,
+            path=str(final),
+            field=problem.field,
+        ) from None
     if file.notes or file.container != plan.container or file.nbytes != plan.layout.nbytes:
         found = f"{file.container} of {file.nbytes} bytes{''.join(f', {note}' for note in file.notes)}"
         raise _not_the_same(final, None, found, f"{plan.container} of {plan.layout.nbytes}")
     for what in ("arch", "flags", "hparams"):
         if getattr(back, what) != getattr(plan.model, what):
             raise _not_the_same(final, what, getattr(back, what), getattr(plan.model, what))
-    tokenizer = text.for_model(written, file) if plan.digest or not plan.tokenizer else None
     if (tokenizer.digest if tokenizer else None) != plan.digest:
         raise _not_the_same(final, "tokenizer", tokenizer, plan.digest)
     losses, done = {}, 0
@@ -408,16 +436,14 @@ def _distance(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[
     if a.size != b.size:
         return float("inf"), 0.0, False
     square = missed = peak = 0.0
-    equal = True
-    for at in range(0, a.size, PIECE):
-        x, y = a[at : at + PIECE], b[at : at + PIECE]
-        if np.array_equal(x.view(np.uint32), y.view(np.uint32)):
-            missing = np.zeros(1)
-        else:
-            equal, missing = False, np.subtract(x, y, dtype=np.float64)
-        missed += float(np.dot(missing, missing))
-        square += float(np.einsum("i,i", x, x, dtype=np.float64))
-        peak = max(peak, float(np.abs(x).max(initial=0.0)))
+    equal = np.array_equal(a.view(np.uint32), b.view(np.uint32))
+    with np.errstate(all="ignore"):  # what is not finite shows in the result
+        for at in range(0, a.size, PIECE):
+            x, y = a[at : at + PIECE], b[at : at + PIECE]
+            missing = np.subtract(x, y, dtype=np.float64)
+            missed += float(np.dot(missing, missing))
+            square += float(np.einsum("i,i", x, x, dtype=np.float64))
+            peak = max(peak, float(np.abs(x).max(initial=0.0)))
     rms = (square / a.size) ** 0.5 if a.size else 0.0
     if not rms:
         return (float("inf") if missed else 0.0), 0.0, equal

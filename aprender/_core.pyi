@@ -33,8 +33,8 @@ _QuirkRow: TypeAlias = tuple[str, str, str]
 """architecture, container, quirk."""
 
 _HparamRow: TypeAlias = tuple[str, str, str, str, str, str]
-"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Where a container has several
-spellings of a key they are separated by blanks, the usual one first."""
+"""field, kind (INT NUM), GGUF key (``%s``: the architecture), config.json key, APR key, need (REQUIRED DERIVED).  Several spellings of a
+key are separated by blanks, the usual one first."""
 
 _FormatRow: TypeAlias = tuple[str, int, str, int, int, bool, int, str, bool]
 """name, ggml id (-1: none), safetensors dtype ("": none), values per block, bytes per block, can be read, APR id (-1: none), packing (ROWS:
@@ -216,6 +216,18 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[
         Code SIZE: `data` has more or fewer bytes than that shape takes.
     """
 
+def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:
+    """One APRT file: its layer (None: the whole model) and its values, [count], a read-only view whose bits are those of the file.
+
+    Raises
+    ------
+    FormatError
+        TRUNCATED, BAD_MAGIC, GAP (bytes that the header does not count), NOT_REGULAR.
+    OSError
+        It cannot be read.
+    MemoryError
+    """
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 @final
@@ -260,6 +272,9 @@ class Model:
     @property
     def flags(self) -> frozenset[str]:
         """Rows of FLAGS that are on."""
+    @property
+    def quirks(self) -> tuple[str, ...]:
+        """What the container did to the weights (ROPE_PAIRS: q and k rows interleaved); undone when they are read."""
     @property
     def tied(self) -> bool:
         """Whether the head is the token table."""
@@ -401,6 +416,9 @@ def _fail_allocation(n: int, /) -> None:
 
 def _live_bytes() -> int:
     """Bytes that the core holds."""
+
+def _peak_bytes() -> int:
+    """For tests: most bytes that the core held at once since the last call of this."""
 
 def _allocations() -> int:
     """Allocations of the core so far."""

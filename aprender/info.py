@@ -188,12 +188,14 @@ def _head(model: _core.Model) -> dict[str, Any]:
     """Whether the head is the token table, and what says so."""
     from aprender import _core
 
-    name, _, gguf, *_, shared, _ = next(row for row in _core.WEIGHTS if row[6] is not None)
-    if model.file.container == "gguf":
-        sign = f"{gguf} is {'absent' if model.tied else 'there'}: a GGUF has no other sign"
+    name, _, gguf, hf, *_, shared, _ = next(row for row in _core.WEIGHTS if row[6] is not None)
+    key, container = "tie_word_embeddings", model.file.container
+    if container != "gguf" and model.file.get(key) is not None:
+        sign = f"{'config.json' if container == 'safetensors' else container.upper()} {key}"
+    elif container == "safetensors":
+        sign = f"{key} is not given: own matrix"
     else:
-        value = model.file.get("tie_word_embeddings")
-        sign = "config.json tie_word_embeddings" if value is not None else "tie_word_embeddings is not given: own matrix"
+        sign = f"{gguf if container == 'gguf' else hf} is {'absent' if model.tied else 'there'}: there is no other sign"
     return {"weight": name, "tied": model.tied, "shared_with": shared if model.tied else None, "source": sign}
 
 
@@ -205,7 +207,7 @@ def _model(model: _core.Model) -> dict[str, Any]:
     return {
         "arch": model.arch,
         "class": klass,
-        "quirks": [quirk for arch, container, quirk in _core.QUIRKS if (arch, container) == (model.arch, model.file.container)],
+        "quirks": list(model.quirks),
         "flags": {name: text for name, text in _core.FLAGS if name in model.flags},
         "hparams": {name: {"value": value, "source": model.sources[name]} for name, value in model.hparams.items()},
         "head": _head(model),
@@ -227,17 +229,19 @@ def _plan(model: _core.Model) -> list[dict[str, Any]]:
     return steps
 
 
-def describe(path: str, pattern: str | None = None, plan: bool = False) -> tuple[dict[str, Any], Error | None]:
+def describe(path: str, pattern: str | None = None, plan: bool = False, verify: bool = False) -> tuple[dict[str, Any], Error | None]:
     """What is in a model, as plain data.
 
     Parameters
     ----------
     path : str
-        GGUF file, safetensors file, or a folder with ``model.safetensors`` and ``config.json``.
+        GGUF, APR or safetensors file, or a folder with ``model.safetensors`` (or its shards' index) and ``config.json``.
     pattern : str, optional
         Shell pattern: the tensors to list; all if not given.
     plan : bool
         Add the plan.
+    verify : bool
+        Read every byte against the container's checksum.
 
     Returns
     -------
@@ -261,7 +265,8 @@ def describe(path: str, pattern: str | None = None, plan: bool = False) -> tuple
         "schema": SCHEMA,
         "file": {
             "path": file.path, "container": file.container, "version": file.version, "bytes": file.nbytes, "tensors": len(file.tensors),
-            "values": sum(_count(tensor.shape) for tensor in file.tensors), "declared": _declared(file),
+            "values": sum(_count(tensor.shape) for tensor in file.tensors), "declared": _declared(file), "parts": list(file.parts),
+            "notes": list(file.notes), "verified": file.verify() if verify else None,
         },
         "formats": _formats(file.tensors),
         "tensors": _tensors(_chosen(file.tensors, pattern)),
@@ -298,6 +303,13 @@ def _facts(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "file", file["path"]
     version = f" version {file['version']}" if file["version"] else ""
     yield "container", f"{file['container']}{version}, {file['bytes']:,} bytes, {_show.plural(file['tensors'], 'tensor')}"
+    if len(file["parts"]) > 1:
+        names = [part.rpartition("/")[2] for part in file["parts"]]
+        yield "files", f"{len(names):,}: {', '.join(names[:4])}{' …' * (len(names) > 4)}"
+    for note in file["notes"]:
+        yield "note", note
+    if file["verified"] is not None:
+        yield "checksum", "of the whole file: right" if file["verified"] else "this container has none"
     for key, value in file["declared"].items():
         if not model or value not in (model["arch"], model["class"]):  # said below
             yield "declared", f"{key} = {value}"
@@ -445,8 +457,11 @@ def _parser() -> Parser:
         " tokenizer, plan. Exit codes: 0 described, 2 usage, 3 not a model that can be read or run; what could be read is still described."
     )
     parser = Parser("info", about, EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="GGUF file, safetensors file, or a folder with model.safetensors and config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", help="GGUF, APR or safetensors file, or a folder with model.safetensors (or shards) and config.json"
+    )
     parser.add_argument("--plan", action="store_true", help="every step of the forward pass with everything that it will use")
+    parser.add_argument("--verify", action="store_true", help="read every byte against the container's checksum (APR has one)")
     parser.add_argument("--filter", metavar="GLOB", help="list the tensors whose names match, one by one")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -456,7 +471,7 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Describe a model."""
     options = _parser().parse_args(argv)
-    said, problem = describe(options.model, options.filter, options.plan)
+    said, problem = describe(options.model, options.filter, options.plan, options.verify)
     if options.json:
         import json
 

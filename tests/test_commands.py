@@ -573,7 +573,7 @@ def test_info_of_the_canary(call: Callable[..., tuple[int, str, str]]) -> None:
     assert (model["arch"], set(model["flags"]), model["quirks"]) == ("qwen2", {"DENSE", "QKV_BIAS", "UNTIED"}, [])
     assert model["hparams"]["heads"] == {"value": 8, "source": "GGUF qwen2.attention.head_count"}
     assert model["hparams"]["head"] == {"value": 32, "source": "not given: width / heads"}
-    assert (model["head"]["tied"], model["head"]["source"]) == (False, "output.weight is there: a GGUF has no other sign")
+    assert (model["head"]["tied"], model["head"]["source"]) == (False, "output.weight is there: there is no other sign")
     tokenizer = said["tokenizer"]
     assert (tokenizer["kind"], tokenizer["pre"], tokenizer["tokens"], tokenizer["problem"]) == ("gpt2", "qwen2", 640, None)
     assert tokenizer["specials"]["eos"] == {"id": 639, "piece": "<|im_end|>"}
@@ -592,7 +592,7 @@ def test_info_tells_the_same_of_both_containers(call: Callable[..., tuple[int, s
 
 def test_info_says_what_makes_a_head_tied(call: Callable[..., tuple[int, str, str]], files: Path) -> None:
     said = call(info, files / "llama.gguf")[1]
-    assert "shared with token_embd (output.weight is absent: a GGUF has no other sign)" in said
+    assert "shared with token_embd (output.weight is absent: there is no other sign)" in said
     assert "ROPE_PAIRS" in said
     assert "shared with token_embd (config.json tie_word_embeddings)" in call(info, files / "hf")[1]
     assert "its own matrix (output.weight is there" in call(info, files / "qwen3.gguf")[1]

@@ -145,9 +145,12 @@ class OwnSide:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the model file, hexadecimal: what ``sha256sum`` prints."""
-        with open(self.file.path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        """SHA-256 of the model file, hexadecimal, as ``sha256sum`` prints it; of several files, that of their digests one a line."""
+        digests = []
+        for part in self.file.parts:
+            with open(part, "rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def model_data(self) -> dict[str, Any]:
         """What the file holds, for the judge: ``arch``, ``flags``, ``hparams``, ``weights`` (never the edited ones)."""

@@ -8,6 +8,7 @@ none.  Called by the sides, the commands and the writers.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from aprender import _core
 from aprender.errors import ArgumentError, FormatError
 from aprender.text import backend as library
 from aprender.text.keys import APR, APR_TEMPLATE, GGUF, GGUF_TEMPLATE, Keys
+from aprender.text.sentencepiece import BLANK
 from aprender.text.words import PRE_TOKENIZERS, PreTokenizer
 
 __all__ = [
@@ -85,8 +87,21 @@ class Tokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def id_to_piece(self, token: int) -> str:
-        """What one id stands for, by itself; ``[id]`` where the vocabulary has nothing there."""
-        return f"[{token}]" if self.backend.id_to_token(token) is None else self.decode([token])
+        """What one id stands for inside a text; ``[id]`` where the vocabulary has nothing there."""
+        if self.backend.id_to_token(token) is None:
+            return f"[{token}]"
+        before = self._before
+        return self.decode([token]) if before is None else self.decode([before, token])[len(self.decode([before])) :]
+
+    @functools.cached_property
+    def _before(self) -> int | None:
+        """A token to put in front, where decoding takes the blank at the beginning of a text away."""
+        first = self.backend.token_to_id(BLANK + "a"), self.backend.token_to_id("a")
+        return next((token for token in first if token is not None and self.decode([token]) == "a"), None) if self._strips else None
+
+    @property
+    def _strips(self) -> bool:
+        return "Strip" in repr(self.backend.decoder) or "Metaspace" in repr(self.backend.decoder)
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ vocabulary, unknown pre-tokenizers, and parts that do not fit together, each by 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,14 +16,12 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from aprender.errors import FormatError
+from aprender.text import sentencepiece
 from aprender.text.keys import Keys
-from aprender.text.words import PRE_TOKENIZERS, PreTokenizer
+from aprender.text.words import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """GGUF's token types."""
-
-BYTE_LEVEL = "gpt2"
-"""The kind of vocabulary that is byte-level BPE."""
 
 T = TypeVar("T")
 
@@ -46,38 +45,64 @@ def build(keys: Keys) -> tokenizers.Tokenizer:
         Another kind of vocabulary, an unknown pre-tokenizer, or parts that do not fit together.
     """
     kind = keys.get("model")
-    if kind != BYTE_LEVEL:
-        raise keys.refusal("model", f"the vocabulary is of kind {kind!r}; only byte-level BPE ({BYTE_LEVEL!r}) is read", "UNSUPPORTED")
+    makers = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}
+    if not isinstance(kind, str) or kind not in makers:
+        why = f"the vocabulary is of kind {kind!r}; only byte-level BPE ({BYTE_LEVEL!r}) and SentencePiece's ({SENTENCEPIECE!r}) are read"
+        raise keys.refusal("model", why, "UNSUPPORTED")
+    tokens = keys.strings("tokens")
+    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or [NORMAL] * len(tokens)
+    return makers[kind](keys, tokens, kinds)
+
+
+def _byte_level(keys: Keys, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
+    """Byte-level BPE: words by the name of the pre-tokenizer, then merges.  Unused tokens cannot come from any text and are left out."""
     name = keys.get("pre")
     rules = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if rules is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise keys.refusal("pre", f"the pre-tokenizer {name!r} is not known ({known} are); give --prompt-ids", "UNSUPPORTED")
-    tokens = keys.strings("tokens")
-    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or [NORMAL] * len(tokens)
-    vocabulary = _vocabulary(keys, tokens, kinds)
+    vocabulary = _vocabulary(keys, tokens, [its != UNUSED for its in kinds])
     model = _model(vocabulary, _merges(keys, vocabulary), ignore_merges=rules.ignore_merges)
-    return _assemble(keys, tokens, kinds, rules, model)
-
-
-def _assemble(keys: Keys, tokens: list[str], kinds: list[int], rules: PreTokenizer, model: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Model, words, added tokens and frame as one."""
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    whole: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": rules.normalizer(), "pre_tokenizer": rules.words()}
-    whole |= {"decoder": decoder, "model": model}
-    backend = guarded(keys.source, lambda: tokenizers.Tokenizer.from_str(json.dumps(whole)))
+    whole = {"normalizer": rules.normalizer(), "pre_tokenizer": rules.words(), "decoder": decoder, "model": model}
+    return _assemble(keys, tokens, kinds, whole, rules.begins)
+
+
+def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: no words, merges by score, bytes for what is no token.  Unused tokens that nothing merges to are left out."""
+    if keys.flag("remove_extra_whitespaces", False):
+        raise keys.refusal("remove_extra_whitespaces", "texts would have to be changed in a way that llama.cpp does not", "UNSUPPORTED")
+    scores = keys.numbers("scores", len(tokens), ("float32", "int32"))
+    if scores is None:
+        raise keys.refusal("scores", "missing, and they decide what merges first", "MISSING")
+    every = _vocabulary(keys, tokens, [True] * len(tokens))
+    sentencepiece.check_bytes(keys, (token for token, its in zip(tokens, kinds, strict=True) if its == BYTE), every)
+    merges = sentencepiece.merges(keys, tokens, scores, every)
+    reached = {piece for left, right in merges for piece in (left, right, left + right)}
+    vocabulary = {token: number for token, number in every.items() if kinds[number] != UNUSED or len(token) == 1 or token in reached}
+    unknown = keys.token_id("unknown_token_id", len(tokens))
+    model = _model(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token=None if unknown is None else tokens[unknown])
+    prefix = keys.flag("add_space_prefix", True)
+    whole = {"normalizer": sentencepiece.normalizer(prefix), "pre_tokenizer": None, "decoder": sentencepiece.decoder(prefix)}
+    return _assemble(keys, tokens, kinds, whole | {"model": model}, begins=True)
+
+
+def _assemble(keys: Keys, tokens: list[str], kinds: list[int], whole: dict[str, Any], begins: bool) -> tokenizers.Tokenizer:
+    """Model and words, added tokens and frame as one."""
+    text = json.dumps({"version": "1.0", "added_tokens": [], **whole})
+    backend = guarded(keys.source, lambda: tokenizers.Tokenizer.from_str(text))
     for wanted, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
         found = [token for token, its in zip(tokens, kinds, strict=True) if its in wanted]
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
-    _frame(backend, keys, rules.begins, tokens)
+    _frame(backend, keys, begins, tokens)
     return backend
 
 
-def _vocabulary(keys: Keys, tokens: list[str], kinds: list[int]) -> dict[str, int]:
-    """Token to id.  Tokens that the file calls unused cannot come from any text and are left out."""
-    vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] != UNUSED}
-    if len(vocabulary) != len(tokens) - kinds.count(UNUSED):
-        twice = next(token for number, token in enumerate(tokens) if kinds[number] != UNUSED and vocabulary[token] != number)
+def _vocabulary(keys: Keys, tokens: list[str], used: list[bool]) -> dict[str, int]:
+    """Token to id of the tokens that are used."""
+    vocabulary = {token: number for number, token in enumerate(tokens) if used[number]}
+    if len(vocabulary) != sum(used):
+        twice = next(token for number, token in enumerate(tokens) if used[number] and vocabulary[token] != number)
         raise keys.refusal("tokens", f"{twice[:64]!r} is there twice", "DUPLICATE")
     return vocabulary
 
@@ -124,16 +149,30 @@ def _frame(backend: tokenizers.Tokenizer, keys: Keys, begins: bool, tokens: list
 def parts(backend: tokenizers.Tokenizer) -> dict[str, Any]:
     """What decides the ids, as plain data: equal for a GGUF and a tokenizer.json of the same tokenizer."""
     data = json.loads(backend.to_str())
-    model = data["model"]
+    model, normalizer, words = data["model"], data["normalizer"], bare(data["pre_tokenizer"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+    if model.get("byte_fallback"):
+        merges = _by_result(merges)
+        words = None if normalizer == sentencepiece.normalizer(False) and words == NO_BLANKS_LEFT else words
     return {
         "vocabulary": sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]),
-        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])],
+        "merges": merges,
         "added": sorted((token["id"], token["content"], token["special"]) for token in data["added_tokens"]),
-        "normalizer": data["normalizer"],
-        "words": bare(data["pre_tokenizer"]),
+        "normalizer": None if normalizer == {"type": "Sequence", "normalizers": []} else normalizer,
+        "words": words,
         "ignore_merges": model.get("ignore_merges", False),
         "frame": backend.encode("", add_special_tokens=True).ids,
     }
+
+
+NO_BLANKS_LEFT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""Words that end at blanks, of which the normalizer has left none."""
+
+
+def _by_result(merges: list[str]) -> list[str]:
+    """Merges to one token in one order: converters differ in it, and the ids do not."""
+    together = itertools.groupby(merges, key=lambda merge: merge.replace(" ", "", 1))
+    return [merge for _, same in together for merge in sorted(same)]
 
 
 def digest(backend: tokenizers.Tokenizer) -> str:

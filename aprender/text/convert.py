@@ -18,8 +18,8 @@ import tokenizers
 
 from aprender.errors import FormatError
 from aprender.text import backend as library
-from aprender.text import keys
-from aprender.text.words import PRE_TOKENIZERS
+from aprender.text import keys, sentencepiece
+from aprender.text.words import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 
 
 def gguf_metadata(folder: str | os.PathLike[str], vocab_size: int | None = None) -> dict[str, Any]:
@@ -50,7 +50,8 @@ def gguf_metadata(folder: str | os.PathLike[str], vocab_size: int | None = None)
         return {}
     known = from_json(where)
     data = json.loads(known.backend.to_str())
-    said = _byte_level(data, known.backend, str(where))
+    make = _sentencepiece if data["model"].get("byte_fallback") else _byte_level
+    said = make(data, known.backend, str(where))
     said |= _special(data, known.backend, Path(folder), known.eos_ids, str(where))
     if vocab_size is not None:
         _pad(said, vocab_size, str(where))
@@ -95,7 +96,24 @@ def _byte_level(data: Mapping[str, Any], backend: tokenizers.Tokenizer, source: 
         raise _refusal(source, "pre_tokenizer", "its normalizer and words are those of no pre-tokenizer that GGUF has a name for here")
     tokens, kinds = _tokens(data, backend, source)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    found = {"model": library.BYTE_LEVEL, "pre": name, "tokens": tokens, "token_type": np.array(kinds, np.int32), "merges": merges}
+    found = {"model": BYTE_LEVEL, "pre": name, "tokens": tokens, "token_type": np.array(kinds, np.int32), "merges": merges}
+    return {keys.GGUF + key: value for key, value in found.items()}
+
+
+def _sentencepiece(data: Mapping[str, Any], backend: tokenizers.Tokenizer, source: str) -> dict[str, Any]:
+    """Kind, tokens, types, scores and what becomes of blanks."""
+    prefix = data["normalizer"] == sentencepiece.normalizer(True)
+    if not prefix and data["normalizer"] != sentencepiece.normalizer(False):
+        raise _refusal(source, "normalizer", "it is not SentencePiece's, with or without a blank in front of each piece of text")
+    tokens, kinds = _tokens(data, backend, source)
+    kinds = [library.BYTE if token in sentencepiece.BYTES else its for token, its in zip(tokens, kinds, strict=True)]
+    unknown = backend.token_to_id(data["model"].get("unk_token") or "")
+    if unknown is not None:
+        kinds[unknown] = library.UNKNOWN if kinds[unknown] == library.CONTROL else kinds[unknown]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in data["model"]["merges"]]
+    scores = np.array(sentencepiece.scores_of(pairs, tokens), np.float32)
+    found = {"model": SENTENCEPIECE, "pre": "default", "tokens": tokens, "token_type": np.array(kinds, np.int32), "scores": scores}
+    found |= {"add_space_prefix": prefix} | ({} if unknown is None else {"unknown_token_id": int(unknown)})
     return {keys.GGUF + key: value for key, value in found.items()}
 
 
@@ -130,7 +148,11 @@ def _pad(said: dict[str, Any], size: int, source: str) -> None:
     if len(tokens) > size:
         raise _refusal(source, "vocab_size", f"{len(tokens)} tokens for the {size} rows of the model's embedding")
     said[keys.GGUF + "tokens"] = [*tokens, *(f"[PAD{number}]" for number in range(len(tokens), size))]
-    said[keys.GGUF + "token_type"] = np.append(kinds, np.full(size - len(tokens), library.UNUSED, np.int32))
+    more = size - len(tokens)
+    said[keys.GGUF + "token_type"] = np.append(kinds, np.full(more, library.UNUSED, np.int32))
+    if keys.GGUF + "scores" in said:
+        scores = said[keys.GGUF + "scores"]
+        said[keys.GGUF + "scores"] = np.append(scores, -1.0 - np.arange(len(scores), size, dtype=np.float32))
 
 
 def _special(data: Mapping[str, Any], backend: tokenizers.Tokenizer, folder: Path, eos_ids: frozenset[int], source: str) -> dict[str, Any]:

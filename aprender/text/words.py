@@ -13,6 +13,9 @@ from typing import Any
 
 Json = dict[str, Any]
 
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+"""Kinds of vocabulary, as ``tokenizer.ggml.model`` names them: byte-level BPE, and SentencePiece's BPE with bytes for the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:

@@ -14,11 +14,11 @@ typedef struct {
     ap_str name;
     const ap_format *fmt;
     int nd;
+    int part;                       /* 0: this file; i: its shard i - 1     */
     int64_t dim[AP_MAX_DIMS];       /* outermost first, whatever the file says: a weight is [out, in] */
     const uint8_t *data;
     uint64_t bytes;
     uint64_t offset;                /* of data in the file, or in the shard */
-    int part;                       /* 0: this file; i: its shard i - 1     */
 } ap_tensor;
 
 typedef enum { AP_V_INT, AP_V_UINT, AP_V_FLOAT, AP_V_BOOL, AP_V_STR, AP_V_ARR, AP_V_NULL, AP_V_JSON } ap_vkind;
@@ -68,6 +68,7 @@ int   ap_file_open_shard(ap_file *f, ap_str name, ap_err *e);             /* ope
 int   ap_file_adopt(ap_file *f, ap_err *e);                               /* the shards' tensors become f's; index */
 int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int last_wins, ap_err *e);    /* a JSON object as kv; once a file */
 void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+int   ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e);   /* of a regular file; *p is the caller's to ap_free */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
@@ -75,6 +76,7 @@ void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* roo
 /* Limits: each is refused with AP_LIMIT. */
 #define AP_LIMIT_TENSORS   1000000u
 #define AP_LIMIT_KV        1000000u
+#define AP_LIMIT_METADATA  (1u << 30)
 #define AP_LIMIT_STRING    (64u << 20)
 #define AP_LIMIT_HEADER    100000000u
 #define AP_LIMIT_SHARDS    4096

@@ -62,6 +62,7 @@ static int mdl_int(const ap_kv *kv, const char *name, int64_t max, int *out, ap_
     if (kv->kind == AP_V_INT && kv->v.i >= 0 && kv->v.i <= max) { *out = (int)kv->v.i; return AP_OK; }
     if (kv->kind != AP_V_INT && kv->kind != AP_V_UINT)
         return ap_fail_at(e, kv->raw_type || kv->kind == AP_V_ARR ? AP_KV_TYPE : AP_CONFIG, -1, name, "%s must be a whole number", name);
+    if (kv->kind == AP_V_UINT) return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %llu is outside 0..%lld", name, (unsigned long long)kv->v.u, (long long)max);
     return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %lld is outside 0..%lld", name, (long long)kv->v.i, (long long)max);
 }
 
@@ -218,6 +219,7 @@ static int mdl_arch_of(ap_str s) {
 static int mdl_arch(ap_model *m, ap_err *e) {
     ap_spelling in = mdl_spelling(m->file);
     char key[160], usual[160], shown[132] = "";
+    int given = 0;
     const char *rest = mdl_arch_keys[in];
     m->arch = AP_ARCH_N;
     mdl_next(rest, "", usual);
@@ -226,13 +228,13 @@ static int mdl_arch(ap_model *m, ap_err *e) {
         if (!kv) continue;
         if (kv->kind != AP_V_STR) return ap_fail_at(e, in == AP_IN_GGUF ? AP_KV_TYPE : AP_CONFIG, -1, key, "%s must be a string", key);
         int found = mdl_arch_of(kv->s);
-        if (!*shown) ap_show(shown, kv->s.p, kv->s.n);
+        if (!given++) ap_show(shown, kv->s.p, kv->s.n);
         if (found == AP_ARCH_N) continue;
         if (m->arch != AP_ARCH_N && m->arch != found) return ap_fail_at(e, AP_CONFIG, -1, key, "%s names %s, another key %s", key, ap_archs[found].name, ap_archs[m->arch].name);
         m->arch = found;
     }
     if (m->arch < AP_ARCH_N) return AP_OK;
-    if (*shown) return ap_fail_at(e, AP_UNSUPPORTED, -1, usual, "architecture %s is not supported", shown);
+    if (given) return ap_fail_at(e, AP_UNSUPPORTED, -1, usual, "architecture %s is not supported", shown);
     if (in == AP_IN_HF && !m->file->config) return ap_fail_at(e, AP_MISSING, -1, "config.json", "no config.json beside the safetensors file: give the folder that holds both");
     return ap_fail_at(e, AP_MISSING, -1, usual, "the file does not give %s", usual);
 }
@@ -351,6 +353,8 @@ static int mdl_bind(ap_model *m, ap_err *e) {
     AP_TRY(mdl_keys(m, e));
     AP_TRY(mdl_tokens(m, e));
     mdl_options(m);
+    if (m->h.layers > m->file->nt)              /* before memory is taken for them */
+        return ap_fail_at(e, AP_MISSING, -1, "layers", "%d layers are declared, the file has %d tensors in all", m->h.layers, m->file->nt);
     m->w = ap_alloc((uint64_t)(m->h.layers + 1) * AP_W_N, sizeof *m->w);
     char *used = ap_alloc((uint64_t)m->file->nt + 1, 1);
     int rc = m->w && used ? mdl_weights(m, used, e) : ap_fail(e, AP_MEMORY, "no memory for %d layers of weights", m->h.layers);

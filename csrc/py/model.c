@@ -133,6 +133,10 @@ static PyObject *model_weight_raw(PyObject *o, PyObject *args) {
 
 static PyObject *model_arch(PyObject *o, void *unused) { (void)unused; return PyUnicode_FromString(ap_archs[ap_model_of(o)->arch].name); }
 static PyObject *model_flags(PyObject *o, void *unused) { (void)unused; return ap_flag_names(ap_model_of(o)->flags); }
+static PyObject *model_quirks(PyObject *o, void *unused) {
+    (void)unused;
+    return ap_model_of(o)->quirks & AP_QUIRK_ROPE_PAIRS ? Py_BuildValue("(s)", "ROPE_PAIRS") : PyTuple_New(0);
+}
 static PyObject *model_tied(PyObject *o, void *unused) { (void)unused; return PyBool_FromLong(!(ap_model_of(o)->flags & AP_FLAG_UNTIED)); }
 static PyObject *model_file_get(PyObject *o, void *unused) { (void)unused; return Py_NewRef(ap_model_file(o)); }
 static PyObject *model_repr(PyObject *o) {
@@ -144,6 +148,7 @@ static PyGetSetDef model_getset[] = {
     { "file", model_file_get, NULL, "File: where the weights lie", NULL },
     { "arch", model_arch, NULL, "str: a row of ARCHS", NULL },
     { "flags", model_flags, NULL, "frozenset[str]: rows of FLAGS that are on", NULL },
+    { "quirks", model_quirks, NULL, "tuple[str, ...]: what the container did to the weights, undone when they are read", NULL },
     { "tied", model_tied, NULL, "bool: the head is the token table", NULL },
     { "hparams", model_hparams, NULL, "dict: rows of HPARAMS", NULL },
     { "sources", model_hparams, NULL, "dict: where each hyper-parameter came from", (void *)1 },

@@ -8,10 +8,10 @@
 #include "format.h"
 typedef struct { uint8_t e; uint8_t q[16]; } ap_mxfp4;
 AP_ASSERT(sizeof(ap_mxfp4) == 17, "mxfp4 is 17 bytes on disk");
-AP_HD int ap_mxfp4_q(const ap_mxfp4 *b, int i) {
-    int bits = i < 16 ? b->q[i] & 15 : b->q[i - 16] >> 4, exponent = bits >> 1 & 3, mantissa = bits & 1;
-    int size = exponent ? (2 | mantissa) << (exponent - 1) : mantissa;
+AP_HD int ap_twice_e2m1(int bits) {
+    int exponent = bits >> 1 & 3, mantissa = bits & 1, size = exponent ? (2 | mantissa) << (exponent - 1) : mantissa;
     return bits & 8 ? -size : size;
 }
+AP_HD int ap_mxfp4_q(const ap_mxfp4 *b, int i) { return ap_twice_e2m1(i < 16 ? b->q[i] & 15 : b->q[i - 16] >> 4); }
 void ap_mxfp4_decode(const void *src, float *dst, size_t n);
 #endif

@@ -1,6 +1,6 @@
 /*
-** plain.c: the formats without blocks, and what a half means.  Every value of F16, BF16, I8 and I16 is a float32; F64 and I32 are rounded
-** once, to nearest even.  Encoding rounds to nearest even, what is too large to an infinity, and keeps a NaN.  Owns nothing.  The block formats call the half conversion for their scales, the CPU operations for embeddings and norms.
+** plain.c: the formats without blocks, and what a half means.  Every value of F16, BF16 and of the integers up to 16 bits is a float32; the
+** wider ones are rounded once, to nearest even.  Encoding rounds to nearest even, what is too large to an infinity, and keeps a NaN.  Owns nothing.  The block formats call the half conversion for their scales, the CPU operations for embeddings and norms.
 */
 #include <string.h>
 #include "plain.h"
@@ -69,6 +69,36 @@ void ap_i16_decode(const void *src, float *dst, size_t n) {
 void ap_i32_decode(const void *src, float *dst, size_t n) {
     const uint8_t *p = src;
     for (size_t i = 0; i < n; i++) { int32_t v; memcpy(&v, p + 4 * i, sizeof v); dst[i] = (float)v; }
+}
+
+void ap_i64_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) { int64_t v; memcpy(&v, p + 8 * i, sizeof v); dst[i] = (float)v; }
+}
+
+void ap_u8_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = (float)p[i];
+}
+
+void ap_u16_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = (float)ap_le16(p + 2 * i);
+}
+
+void ap_u32_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = (float)ap_le32(p + 4 * i);
+}
+
+void ap_u64_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) { uint64_t v; memcpy(&v, p + 8 * i, sizeof v); dst[i] = (float)v; }
+}
+
+void ap_bool_decode(const void *src, float *dst, size_t n) {
+    const uint8_t *p = src;
+    for (size_t i = 0; i < n; i++) dst[i] = p[i] != 0;
 }
 
 void ap_f32_encode(const float *src, void *dst, size_t n) { if (n) memcpy(dst, src, n * sizeof *src); }

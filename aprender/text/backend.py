@@ -44,14 +44,26 @@ def build(keys: Keys) -> tokenizers.Tokenizer:
     FormatError, ConfigError
         Another kind of vocabulary, an unknown pre-tokenizer, or parts that do not fit together.
     """
-    kind = keys.get("model")
+    kind = keys.kind()
     makers = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}
     if not isinstance(kind, str) or kind not in makers:
         why = f"the vocabulary is of kind {kind!r}; only byte-level BPE ({BYTE_LEVEL!r}) and SentencePiece's ({SENTENCEPIECE!r}) are read"
         raise keys.refusal("model", why, "UNSUPPORTED")
     tokens = keys.strings("tokens")
-    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or [NORMAL] * len(tokens)
+    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or _kinds(keys, tokens)
     return makers[kind](keys, tokens, kinds)
+
+
+def _kinds(keys: Keys, tokens: list[str]) -> list[int]:
+    """Types where the file has none.
+
+    To llama.cpp all tokens of a GGUF are words then.  APR files of other writers have no types though they have special tokens; what is
+    longer than one byte and made by no merge can come from a text in no other way than as a whole, and is one of those.
+    """
+    if not keys.is_apr or keys.kind() != BYTE_LEVEL:
+        return [NORMAL] * len(tokens)
+    made = {merge.replace(" ", "", 1) for merge in keys.strings("merges")}
+    return [NORMAL if len(token) == 1 or token in made else CONTROL for token in tokens]
 
 
 def _byte_level(keys: Keys, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:

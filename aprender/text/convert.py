@@ -118,10 +118,10 @@ def _sentencepiece(data: Mapping[str, Any], backend: tokenizers.Tokenizer, sourc
 
 
 def _name(backend: tokenizers.Tokenizer) -> str | None:
-    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does."""
+    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does, one that settles the normal form if there is."""
     mine = library.parts(backend)
     wanted = mine["normalizer"], mine["words"], mine["ignore_merges"]
-    for name, rules in PRE_TOKENIZERS.items():
+    for name, rules in sorted(PRE_TOKENIZERS.items(), key=lambda row: row[1].nfc is None):
         if (rules.normalizer(), library.bare(rules.words()), rules.ignore_merges) == wanted:
             return name
     return None
@@ -157,27 +157,19 @@ def _pad(said: dict[str, Any], size: int, source: str) -> None:
 
 def _special(data: Mapping[str, Any], backend: tokenizers.Tokenizer, folder: Path, eos_ids: frozenset[int], source: str) -> dict[str, Any]:
     """Ids with a meaning, and whether the ends of a text are added."""
-    from aprender.text import json_object
+    from aprender.text import NAMED, json_object, token_text
 
     config = json_object(folder / "tokenizer_config.json")
     said: dict[str, Any] = {}
-    for key, name in (("bos_token_id", "bos_token"), ("eos_token_id", "eos_token"), ("padding_token_id", "pad_token")):
-        found = _named(config, name, backend)
+    for name, key in NAMED.items():
+        found = backend.token_to_id(token_text(config, name) or "")
         if found is not None:
-            said[key] = found
+            said[key] = int(found)
     first, last = _frame(backend, source)
     said["add_bos_token"], said["add_eos_token"] = first is not None, last is not None
     said |= {key: token for key, token in (("bos_token_id", first), ("eos_token_id", last)) if token is not None}
     said |= _ends(said.get("eos_token_id"), eos_ids, backend, source)
     return {keys.GGUF + key: value for key, value in said.items()}
-
-
-def _named(config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer) -> int | None:
-    """The id of a token that tokenizer_config.json names, as text or as an object."""
-    said = config.get(name)
-    text = said.get("content") if isinstance(said, dict) else said
-    found = backend.token_to_id(text) if isinstance(text, str) else None
-    return None if found is None else int(found)
 
 
 def _frame(backend: tokenizers.Tokenizer, source: str) -> tuple[int | None, int | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -110,9 +110,10 @@ def make_plan(model: _core.Model, container: str, mix: mixes.Mix, with_tokenizer
     """
     _check_sayable(model, container)
     weights = _distinct(model.weights)
-    formats, notes = mixes.choose(mix, weights, container)
+    formats, instead = mixes.choose(mix, weights, container)
+    notes = [*model.file.notes, *instead]
     jobs = tuple(_job(model, container, weight, its) for weight, its in zip(weights, formats, strict=True))
-    words = _tokenizer_keys(model, container) if with_tokenizer else {}
+    words = _tokenizer_keys(model, container, notes) if with_tokenizer else {}
     digest = _tokenizer_digest(model.file, notes) if words else None
     if not words:
         why = "the source has no tokenizer" if with_tokenizer else "the tokenizer is left out"
@@ -204,6 +205,11 @@ def _said(file: _core.File) -> dict[str, Any]:
     return {"name": Path(said).name} if isinstance(said, str) and said else {}
 
 
+def _note_left_behind(names: Iterable[str], container: str, notes: list[str]) -> None:
+    if names := sorted(names):
+        notes.append(f"left behind, for want of such keys in {container}: {', '.join(names)}")
+
+
 def _about(file: _core.File, container: str, notes: list[str]) -> dict[str, Any]:
     """What the target says about the model, between containers only what both have words for.
 
@@ -211,8 +217,7 @@ def _about(file: _core.File, container: str, notes: list[str]) -> dict[str, Any]
     """
     said = {name: value for name, value in _said(file).items() if value != ""}
     kept = {name: value for name, value in said.items() if file.container == container or (name in ABOUT and isinstance(value, str))}
-    if len(kept) < len(said):
-        notes.append(f"left behind, for want of such keys in {container}: {', '.join(sorted(said.keys() - kept.keys()))}")
+    _note_left_behind(said.keys() - kept.keys(), container, notes)
     path = Path(file.path).resolve()
     return {"name": path.parent.name if path.stem.startswith("model") else path.stem} | kept
 
@@ -256,18 +261,20 @@ def _apr_metadata(model: _core.Model, about: Mapping[str, Any]) -> dict[str, Any
 GGUF_TOKENIZER, NO_TOKENIZER = "tokenizer.ggml.", "no_vocab"
 
 
-def _tokenizer_keys(model: _core.Model, container: str) -> dict[str, Any]:
+def _tokenizer_keys(model: _core.Model, container: str, notes: list[str]) -> dict[str, Any]:
     """The tokenizer in the target's keys, empty if the source has none; between files of one kind they stay as they are."""
     file, vocab = model.file, int(model.hparams["vocab"])
     if file.container == "safetensors":
         folder = Path(file.path).parent
         return text.gguf_metadata(folder, vocab) if container == "gguf" else text.apr_metadata(folder, vocab)
-    own = {key: file.get(key) for key in file.keys if key.startswith("tokenizer.") or key == "chat_template"}
+    own = {key: file.get(key) for key in file.keys if key.startswith("tokenizer.") or key == keys.APR_TEMPLATE}
+    if file.container == "gguf" and own.get(GGUF_TOKENIZER + "model", NO_TOKENIZER) == NO_TOKENIZER:
+        return {}
     if file.container == container:
-        return {} if own.get(GGUF_TOKENIZER + "model") == NO_TOKENIZER else own
-    if container == "apr":
-        return {} if own.get(GGUF_TOKENIZER + "model", NO_TOKENIZER) == NO_TOKENIZER else text.apr_metadata(own)
-    return _gguf_spelled(own)
+        return own
+    known = {apr: keys.GGUF + key for key, apr in keys.APR.items()} | {keys.APR_TEMPLATE: keys.GGUF_TEMPLATE, keys.APR_SIZE: ""}
+    _note_left_behind(own.keys() - set(known.values() if container == "apr" else known), container, notes)
+    return text.apr_metadata(own) if container == "apr" else _gguf_spelled(own)
 
 
 def _gguf_spelled(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -736,11 +736,15 @@ def test_a_tokenizer_that_nobody_here_reads_goes_over_unread(done: Callable[...,
         writer.add_tokenizer_pre("from-another-world")
         writer.add_token_list([f"t{i}" for i in range(tiny.Shape().vocab)])
         writer.add_token_merges(["t 1"])
+        writer.add_key_value("tokenizer.ggml.mask_token_id", 3, gguf.GGUFValueType.UINT32)
 
     path = tiny.save_gguf(tiny.Shape(), tmp_path / "a.gguf", "F16", metadata=odd)
     said = done(path, tmp_path / "b.apr")
     assert said["tokenizer"]
     assert any("unread" in note and "from-another-world" in note for note in said["notes"])
+    assert "left behind, for want of such keys in apr: tokenizer.ggml.mask_token_id" in said["notes"]
+    assert done(path, tmp_path / "same.gguf")["notes"] == said["notes"][1:]
+    assert of_gguf(tmp_path / "same.gguf")[0]["tokenizer.ggml.mask_token_id"] == 3
     found = apr_bytes.read((tmp_path / "b.apr").read_bytes()).metadata
     assert (found["tokenizer.pre_type"], found["tokenizer.vocabulary"][7]) == ("from-another-world", "t7")
     done(tmp_path / "b.apr", tmp_path / "c.gguf")
@@ -750,6 +754,39 @@ def test_a_tokenizer_that_nobody_here_reads_goes_over_unread(done: Callable[...,
         ["t 1"],
         "t7",
     )
+
+
+def test_scores_and_types_of_sentencepiece_go_there_and_back(done: Callable[..., Any], tmp_path: Path) -> None:
+    """Every key, type and bit; the ids of a text are the same from both containers."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    shape = tiny.Shape("llama", vocab=len(pieces))
+
+    def sentencepiece(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([-0.1 * i for i in range(len(pieces))])
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 5)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_add_bos_token(True)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(True)
+
+    path = tiny.save_gguf(shape, tmp_path / "a.gguf", "F16", metadata=sentencepiece)
+    assert done(path, tmp_path / "b.apr")["notes"] == []
+    assert done(tmp_path / "b.apr", tmp_path / "c.gguf")["notes"] == []
+
+    def tokenizer(file: Path) -> dict[str, tuple[Any, Any]]:
+        fields = gguf.GGUFReader(file).fields
+        return {key: (field.types, field.contents()) for key, field in fields.items() if key.startswith("tokenizer.")}
+
+    assert tokenizer(tmp_path / "c.gguf") == tokenizer(path)
+    assert len(tokenizer(path)) == 10
+    found = [text.for_model(file) for file in (path, tmp_path / "b.apr", tmp_path / "c.gguf")]
+    ids = [one.encode("ab a ü") for one in found if one]
+    assert ids[0] == ids[1] == ids[2]
+    assert len(ids[0]) > 4
 
 
 def test_a_tokenizer_can_be_left_out(done: Callable[..., Any], failed: Callable[..., str], tmp_path: Path) -> None:

@@ -186,21 +186,24 @@ def _places(interleaved: bool, count: int, head: int) -> NDArray[np.intp]:
 ABOUT = ("name", "description", "author", "license", "version")
 """What both containers say about a model; a GGUF with ``general.`` before it."""
 
-APR_ABOUT = (*ABOUT, "source", "data_source", "data_license", "created_at", "chat_format")
-"""What an APR may say about a model besides what the forward pass and the tokenizer need."""
-
 GENERAL = "general."
-SET_HERE = ("architecture", "type", "file_type", "quantization_version", "alignment")
-"""Keys of ``general.`` that describe the file: each file has its own."""
+OWN_GGUF = ("architecture", "type", "file_type", "quantization_version", "alignment")
+OWN_APR = (
+    "architecture", "model_type", "hf_architecture", "hf_model_type", "original_format", "rope_type", "tie_word_embeddings",
+    "attention_bias", "total_size", "param_count",
+)  # fmt: skip
+"""Keys about the file and not about the model, or that are written from the model as it was bound: each file has its own."""
 
 
 def _said(file: _core.File) -> dict[str, Any]:
-    """What the source says about the model, without ``general.``."""
+    """What the source says about the model besides hyper-parameters and tokenizer, without ``general.``."""
     if file.container == "gguf":
-        names = [key.removeprefix(GENERAL) for key in file.keys if key.startswith(GENERAL)]
-        return {name: file.get(GENERAL + name) for name in names if name not in SET_HERE}
+        found = {key.removeprefix(GENERAL): file.get(key) for key in file.keys if key.startswith(GENERAL)}
+        return {key: value for key, value in found.items() if key not in OWN_GGUF}
     if file.container == "apr":
-        return {name: file.get(name) for name in APR_ABOUT if isinstance(file.get(name), str)}
+        own = {*OWN_APR, *(spelling for row in _core.HPARAMS for spelling in row[4].split())}
+        own |= {key for key in file.keys if key.startswith(("tokenizer.", "quantization.", "sharding.")) or key == keys.APR_TEMPLATE}
+        return {key: file.get(key) for key in file.keys if key not in own and file.get(key) is not None}
     said = file.get("_name_or_path")
     return {"name": Path(said).name} if isinstance(said, str) and said else {}
 
@@ -215,11 +218,12 @@ def _about(file: _core.File, container: str, notes: list[str]) -> dict[str, Any]
 
     A name there is always, that of the file or folder if need be.
     """
-    said = {name: value for name, value in _said(file).items() if value != ""}
-    kept = {name: value for name, value in said.items() if file.container == container or (name in ABOUT and isinstance(value, str))}
+    said = _said(file)
+    same = {name: value for name, value in said.items() if file.container == "gguf" or "." not in name}  # APR: a dot was an object
+    kept = same if file.container == container else {name: said[name] for name in ABOUT if isinstance(said.get(name), str)}
     _note_left_behind(said.keys() - kept.keys(), container, notes)
     path = Path(file.path).resolve()
-    return {"name": path.parent.name if path.stem.startswith("model") else path.stem} | kept
+    return kept | {"name": kept.get("name") or (path.parent.name if path.stem.startswith("model") else path.stem)}
 
 
 def _given(model: _core.Model) -> Iterator[tuple[tuple[str, str, str, str, str, str], int | float]]:

@@ -693,6 +693,29 @@ def test_what_is_said_about_a_model_goes_along(done: Callable[..., Any], tmp_pat
     assert not any("left behind" in note for note in said["notes"])
 
 
+def test_an_apr_of_an_apr_says_the_same(done: Callable[..., Any], tmp_path: Path) -> None:
+    """Key by key and byte by byte; what would lie about the new file, or was no plain value, is left out, and the latter is said."""
+    done(CANARY, tmp_path / "a.apr")
+    assert done(tmp_path / "a.apr", tmp_path / "b.apr")["notes"] == []
+    a, b = (apr_bytes.read((tmp_path / name).read_bytes()) for name in ("a.apr", "b.apr"))
+    assert b.metadata == a.metadata | {"original_format": "apr"}
+    assert {name: entry.data for name, entry in a.tensors.items()} == {name: entry.data for name, entry in b.tensors.items()}
+    more = {"tags": ["x"], "created_at": "2026", "special_tokens": {"bos_token": "b"}, "param_count": 7, "license": "mit"}
+    path = tiny.save_apr(tiny.Shape(), tmp_path / "c.apr", "F16", **more)
+    said = done(path, tmp_path / "d.apr")
+    assert "left behind, for want of such keys in apr: special_tokens.bos_token" in said["notes"]
+    found = apr_bytes.read((tmp_path / "d.apr").read_bytes()).metadata
+    assert {key: found.get(key) for key in more} == {
+        "tags": ["x"],
+        "created_at": "2026",
+        "special_tokens": None,
+        "param_count": None,
+        "license": "mit",
+    }
+    said = done(path, tmp_path / "e.gguf")
+    assert "left behind, for want of such keys in gguf: created_at, special_tokens.bos_token, tags" in said["notes"]
+
+
 # ---- tokenizers ------------------------------------------------------------------------------------------------------------------------
 
 TEXTS = ("What is 2+2?", "<|im_start|>user\nHi<|im_end|>\n", " two  spaces", "naïve 你好 12345", "")

@@ -47,6 +47,7 @@
 #include "quant/apr_q8.c"
 #include "quant/formats.c"
 /* 2 file: containers */
+#include "file/bytes.c"
 #include "file/file.c"
 #include "file/pairs.c"
 #include "file/gguf.c"

@@ -90,7 +90,7 @@ static int st_range(const st_reader *r, const char *name, ap_tensor *t, const ui
     if (v[1] - v[0] != t->bytes)
         return ap_fail_at(e, AP_SIZE, at, name, "tensor '%s' has %llu bytes by its data_offsets, %llu by its shape and dtype", name, (unsigned long long)(v[1] - v[0]), (unsigned long long)t->bytes);
     t->offset = r->data + v[0];
-    t->data = r->f->p + t->offset;
+    if (!r->f->src) t->data = r->f->p + t->offset;
     return AP_OK;
 }
 
@@ -161,12 +161,12 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
 ** and only blanks may fill it up to an aligned length. */
 static int st_frame(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
-    ap_cur c = { f->p, f->n, 0 };
+    ap_cur c = { f->p, f->have, 0, f->n };
     ap_jkind kind;
     uint64_t n;
     if (!ap_u64(&c, &n)) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "the file has %llu bytes, a safetensors file begins with 8 bytes of header length", (unsigned long long)f->n);
     if (n > AP_LIMIT_HEADER) return ap_fail_at(e, AP_LIMIT, 0, NULL, "a header of %llu bytes declared, at most %u are read: is this a safetensors file?", (unsigned long long)n, (unsigned)AP_LIMIT_HEADER);
-    if (n > ap_left(&c)) return ap_fail_at(e, AP_TRUNCATED, 0, NULL, "a header of %llu bytes declared, the file has %llu left", (unsigned long long)n, (unsigned long long)ap_left(&c));
+    if (n > ap_left(&c)) return ap_fail_at(e, AP_TRUNCATED, 0, NULL, "a header of %llu bytes declared, the file has %llu left", (unsigned long long)n, (unsigned long long)(f->n - ST_LENGTH));
     uint64_t end = ST_LENGTH + n;
     r->data = end;
     while (end > ST_LENGTH && f->p[end - 1] == ' ') end--;
@@ -266,6 +266,7 @@ static int st_map_rows(st_reader *r, st_map *m, ap_err *e) {
 static int st_map_read(st_reader *r, st_map *m, ap_err *e) {
     ap_jkind kind;
     int seen = 0;
+    if (r->f->have < r->f->n) return ap_fail_at(e, AP_TRUNCATED, (int64_t)r->f->have, NULL, "the index goes on");      /* file.c reads on */
     ap_json_init(&r->j, (const char *)r->f->p, r->f->n);
     AP_TRY(st_expect(r, AP_J_OBJ, "an object with weight_map", e));
     for (;;) {

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "oracle": "make reference fixtures with Hugging Face",
     "diff": "compare two saved captures",
     "run": "generate text",
+    "convert": "write a model as APR or GGUF, as it is or in other number formats",
     "info": "what is in a model: tensors, number formats, hyper-parameters, plan",
 }
 """Every command with what it does, in the order of ``--help``."""

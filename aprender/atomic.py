@@ -44,24 +44,51 @@ def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises
     ------
+    CannotRun
+        Code BUSY: somebody else is writing it.
     OSError
         With the final name as ``filename``.
     """
     final = Path(path)
     temporary = final.with_name(final.name + SUFFIX)
     try:
-        with open(temporary, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, final)
+        with open(temporary, "wb", opener=_alone) as out:
+            try:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+                os.replace(temporary, final)  # still locked: nobody else has opened this name in between
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         sync_folder(final.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
             error.filename = str(final)
         raise
+
+
+def _alone(name: str, flags: int) -> int:
+    """Open a temporary file that nobody else is writing, and empty it: one that a killed writer left is taken over.
+
+    Between opening and locking another writer may have finished and given the file its final name; then it is not ours, and the name is
+    free again.
+    """
+    while True:
+        handle = os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(name) and os.path.samestat(os.fstat(handle), os.lstat(name)):
+                os.ftruncate(handle, 0)
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise CannotRun(f"{name} is being written by another process", code="BUSY", path=name) from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, final
 import numpy as np
 from _typeshed import structseq
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Buffer
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,27 @@ class File:
         FormatError
             Code UNSUPPORTED: a format that is listed but cannot be read.
         """
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[np.float32]:
+    """The values that bytes mean in a format: [*shape], by the reference decoder.
+
+    Parameters
+    ----------
+    format : str
+        Row of FORMATS that can be read.
+    data : bytes-like, contiguous
+    shape : tuple of int
+        Outermost first; the last one is a row.
+
+    Raises
+    ------
+    ArgumentError
+        A format that cannot be read, or a negative dimension.
+    FormatError
+        Code SIZE: `data` has more or fewer bytes than that shape takes.
+    """
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@
 #include "py/tables.c"
 #include "py/errors.c"
 #include "py/file.c"
+#include "py/quant.c"
 #include "py/model.c"
 #include "py/run.c"
 #include "py/module.c"

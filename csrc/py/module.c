@@ -18,6 +18,7 @@ static PyObject *module_live(PyObject *self, PyObject *unused) { (void)self; (vo
 static PyObject *module_calls(PyObject *self, PyObject *unused) { (void)self; (void)unused; return PyLong_FromUnsignedLongLong(ap_mem_calls()); }
 
 static PyMethodDef module_methods[] = {
+    { "dequantize", ap_dequantize, METH_VARARGS, "dequantize($module, format, data, shape, /)\n--\n\nThe float32 values that bytes mean in a format." },
     { "_fail_allocation", module_fail_at, METH_O, "_fail_allocation($module, n, /)\n--\n\nFor tests: the nth allocation of the core from now fails; -1 never." },
     { "_live_bytes", module_live, METH_NOARGS, "_live_bytes($module)\n--\n\nFor tests: bytes that the core holds." },
     { "_allocations", module_calls, METH_NOARGS, "_allocations($module)\n--\n\nFor tests: allocations of the core so far." },

@@ -28,6 +28,7 @@ PyObject *ap_flag_names(uint32_t flags);                /* frozenset of str */
 int ap_key_parse(ap_state *st, PyObject *key, int layers, int *stage, int *layer);   /* (stage, layer or None) */
 PyObject *ap_key_new(int stage, int layer);
 PyObject *ap_view(PyObject *owner, const void *p, int type, int nd, const npy_intp *dim); /* read-only array over memory that owner keeps alive */
+PyObject *ap_dequantize(PyObject *module, PyObject *args);
 
 extern PyType_Spec ap_file_spec, ap_model_spec, ap_run_spec;
 extern PyStructSequence_Desc ap_tensor_info_desc, ap_weight_info_desc;

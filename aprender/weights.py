@@ -146,6 +146,7 @@ def _hparams(a: _File, b: _File) -> list[dict[str, Any]]:
 class _Pair:
     """Two tensors that should hold the same weights."""
 
+    name: Name
     a: Name
     b: Name
     notes: tuple[str, ...] = ()
@@ -155,7 +156,7 @@ def _pairs(a: _File, b: _File) -> tuple[list[_Pair], list[Name], list[Name]]:
     """Pairs in the order of A, and what is left over on each side."""
     from aprender import _core
 
-    pairs = [_Pair(name, name) for name in a.tensors if name in b.tensors]
+    pairs = [_Pair(name, name, name) for name in a.tensors if name in b.tensors]
     left = [[name for name in one.tensors if name not in other.tensors] for one, other in ((a, b), (b, a))]
     for row in _core.WEIGHTS:
         own, shared = (row[0], None, ""), (row[6], None, "")
@@ -163,7 +164,7 @@ def _pairs(a: _File, b: _File) -> tuple[list[_Pair], list[Name], list[Name]]:
             if row[6] is not None and own in left[side] and shared in other.tensors:
                 left[side].remove(own)
                 note = f"tied: {letter} has no {row[0]}, its {row[6]} takes the place"
-                pairs.append(_Pair(shared, own, (note,)) if side else _Pair(own, shared, (note,)))
+                pairs.append(_Pair(own, shared, own, (note,)) if side else _Pair(own, own, shared, (note,)))
     return pairs, left[0], left[1]
 
 
@@ -246,7 +247,7 @@ def _filtered(
     def chosen(*names: str | None) -> bool:
         return any(name is not None and fnmatchcase(name, pattern) for name in names)
 
-    found = [pair for pair in pairs if chosen(a.tensors[pair.a].name, b.tensors[pair.b].name, pair.a[0], pair.b[0])]
+    found = [pair for pair in pairs if chosen(a.tensors[pair.a].name, b.tensors[pair.b].name, pair.name[0])]
     left = [name for name in only_a if chosen(a.tensors[name].name, name[0])]
     right = [name for name in only_b if chosen(b.tensors[name].name, name[0])]
     if not found:
@@ -279,7 +280,7 @@ def _row(a: _File, b: _File, pair: _Pair, tell: Callable[[float], None]) -> dict
         notes.append(f"rows interleaved in {'A' if x.pairs else 'B'}, as its container declares")
     left, right = a.tensors[pair.a], b.tensors[pair.b]
     return {
-        "weight": pair.b[0] or pair.a[0], "layer": pair.a[1], "a": left.name, "b": right.name, "state": found.state, "notes": notes,
+        "weight": pair.name[0], "layer": pair.name[1], "a": left.name, "b": right.name, "state": found.state, "notes": notes,
         "format_a": left.format, "format_b": right.format, "shape_a": list(left.shape), "shape_b": list(right.shape),
         **_figures(found), "first": weighing.place(x, y, found), "text": _in_words(x, y, found),
     }  # fmt: skip

@@ -115,7 +115,7 @@ class Tally:
     outside, loose : list of int
         For `A_TO_B`, `B_TO_A`, `BOTH`: values outside their cells, and those that an importance matrix excuses.
     rows : list of ndarray
-        For each of them, values outside in each row.
+        For each of them, values outside in each row; then those that differ.
     first : dict
         (kind) to (row, column) of the first difference and of the first value outside.
     step2, lag : float, list of float
@@ -150,7 +150,7 @@ class Tally:
 def weigh(a: View, b: View, tell: Tell = lambda share: None) -> Tally:
     """Count everything in one pass, piece by piece of rows."""
     rows, cols = b.shape
-    tally = Tally(rows=[np.zeros(rows, np.intp) for _ in range(3)])
+    tally = Tally(rows=[np.zeros(rows, np.intp) for _ in range(4)])
     height = max(1, (8 * PIECE if a.turned or b.turned else PIECE) // max(cols, 1))
     for first in range(0, rows if cols else 0, height):
         where = slice(first, min(first + height, rows))
@@ -187,6 +187,7 @@ def _count(tally: Tally, x: NDArray[Any], y: NDArray[Any], start: int) -> None:
         _significands(tally, x, y, differing)
         return
     tally.differing += int(differing.sum())
+    tally.rows[-1][start : start + len(x)] = differing.sum(1)
     tally.zero_signs += int((differing & (x == y)).sum())
     apart = u - v
     tally.bb += float(np.vdot(v, v))
@@ -409,17 +410,15 @@ def _searched(a: Tensor, b: Tensor, plain: Found, heads: tuple[int, ...], others
     """What else explains every value; `plain` if nothing does."""
     tally = plain.tally
     assert tally is not None
-    outside = tally.rows[plain.kind] if plain.kind is not None else np.zeros(0, np.intp)
-    if plain.kind is None or not outside.any():
-        outside = np.zeros(b.rows, np.intp)
-        outside[:] = b.cols if tally.differing > tally.n / 8 else 0
+    outside = tally.rows[-1 if plain.kind is None else plain.kind]
     bad = np.flatnonzero(outside > b.cols / 8)
-    if bad.size > b.rows / 8 or a.cols == 1:
-        found = _scaled(a, b, tally) or _reordered(a, b, heads) or _turned_square(a, b) or _elsewhere(b, others)
-        if found:
-            return found
+    found = _scaled(a, b, tally) if plain.count > b.rows / 8 else None
+    if not found and (bad.size > b.rows / 8 or a.cols == 1):
+        found = _reordered(a, b, heads) or _turned_square(a, b) or _elsewhere(b, others)
+    if found:
+        return found
     if bad.size:
-        return _rows(a, b, bad) or (_columns(a, b) if bad.size > b.rows / 8 else None) or plain
+        return _rows(a, b, bad) or _rows_of_a(a, b, bad) or (_columns(a, b) if bad.size > b.rows / 8 else None) or plain
     return plain
 
 
@@ -535,6 +534,21 @@ def _rows(a: Tensor, b: Tensor, bad: Index) -> Found | None:
         found, state=COPIED, first=(first, 0), count=moved.size,
         text=_and(f"B's row {first} is A's row {order[first]}" + (f", and {moved.size - 1} more" if moved.size > 1 else ""), found),
     )  # fmt: skip
+
+
+def _rows_of_a(a: Tensor, b: Tensor, bad: Index) -> Found | None:
+    """Rows of A that are other rows of B: the copy lies on the other side."""
+    found = _rows(b, a, bad)
+    if not found or found.tally is None:
+        return None
+    text = found.text.translate(str.maketrans("AB", "BA")) if found.state == COPIED else found.text
+    return replace(found, text=text, kind=None if found.kind is None else (B_TO_A, A_TO_B, BOTH)[found.kind], tally=_other_way(found.tally))
+
+
+def _other_way(tally: Tally) -> Tally:
+    """The same counts with the sides exchanged."""
+    swap = {name: getattr(tally, name)[::-1] for name in ("nan", "inf")}
+    return replace(tally, **swap, aa=tally.bb, bb=tally.aa)
 
 
 def _moved(order: Index) -> Index:

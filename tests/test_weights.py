@@ -656,6 +656,35 @@ def test_the_cell_of_a_half_is_half_a_step() -> None:
     np.testing.assert_array_equal(cell.upper[:, 0], [1 + ulp / 2, 1.5 + ulp / 2, 2 + ulp, 65520, 2.0**-24 + 2.0**-25])
 
 
+def apr_q4(values: Array) -> NDArray[np.uint8]:
+    """APR's own nibbles: blocks of 32 run on over the ends of rows, the last one is filled with zeros."""
+    flat = np.pad(values.reshape(-1), (0, -values.size % 32)).reshape(-1, 32)
+    scale = (np.abs(flat).max(1) / 7).astype(np.float16)
+    nibbles = (np.clip(np.round(flat / scale.astype(np.float32)[:, None]), -8, 7) + 8).astype(np.uint8)
+    return np.concatenate([scale.view(np.uint8).reshape(-1, 2), nibbles[:, ::2] | nibbles[:, 1::2] << 4], axis=1)
+
+
+def q8_0(values: Array) -> NDArray[np.uint8]:
+    """Rows that end inside a block, filled with zeros."""
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % 32)))
+    return gguf.quants.quantize(padded, gguf.GGMLQuantizationType.Q8_0).reshape(-1, 34)
+
+
+@pytest.mark.parametrize(("kind", "encode"), [("APR_Q4", apr_q4), ("Q8_0", q8_0)])
+def test_blocks_that_do_not_fit_the_rows(kind: str, encode: Callable[[Array], NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighing, "PIECE", 90)  # two rows at once
+    x = np.random.default_rng(0).standard_normal((7, 45)).astype(np.float32)
+    data, plain = encode(x), cells.Tensor("F32", x.view(np.uint8).reshape(-1), x.shape)
+    found = weighing.compare(plain, cells.Tensor(kind, data.reshape(-1), x.shape))
+    assert found.state == weighing.ROUNDED
+    data[3 if kind == "APR_Q4" else 5, 9] ^= 0x60  # rows 2 or 2 again: 3 * 32 + 14, and row 2, column 32 + 7
+    found = weighing.compare(plain, cells.Tensor(kind, data.reshape(-1), x.shape))
+    assert (found.state, found.count, found.first) == (weighing.DIFFERENT, 1, divmod(3 * 32 + 15, 45) if kind == "APR_Q4" else (2, 39))
+    order = np.array([0, 1, 4, 3, 2, 5, 6])
+    found = weighing.compare(plain, cells.Tensor(kind, encode(x[order]).reshape(-1), x.shape))
+    assert (found.state, found.count) == (weighing.ROWS, 2)
+
+
 def test_an_error_that_follows_its_neighbours_is_no_rounding() -> None:
     """Each value within half a step, and yet all of them moved towards the next one."""
     generator = np.random.default_rng(0)

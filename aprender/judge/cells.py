@@ -103,6 +103,8 @@ class Layout:
         What the codes mean, ascending, from 0 (`least`) to 1 (`greatest`).
     units : int
         Smallest scale that makes all levels whole numbers: the range in the units of the stored scale.
+    group : int
+        Values side by side that share scale and minimum.
     single : bool
         One scale for the whole block.
     shifted : bool
@@ -114,6 +116,7 @@ class Layout:
     greatest: Bytes
     levels: Double
     units: int
+    group: int
     single: bool
     shifted: bool
 
@@ -157,14 +160,14 @@ def layout(name: str) -> Layout:
     for code in range(1 << width):
         patterns[code, bits[:, [bit for bit in range(width) if code >> bit & 1]].reshape(-1)] = 1
     patterns = np.packbits(patterns, axis=1, bitorder="little")
-    mask, clearest, table, offsets, single = patterns[-1], 0.0, np.empty((0, 0)), [], True
+    mask, clearest, table, offsets, breaks = patterns[-1], 0.0, np.empty((0, 0)), [], [bits.shape[0]]
     for _ in range(400):  # scales at random: the levels are read where the minimum hides least of them
         base = random.integers(0, 256, size, np.uint8) & ~mask
         values = _decode(name, base | patterns)
         spread = values.max(0) - values.min(0)
         if not (np.isfinite(values).all() and spread.all() and 1e-20 < np.abs(values).max() < 1e20):
             continue
-        single &= bool((spread == spread[0]).all())
+        breaks.extend(np.flatnonzero((np.diff(values[0]) != 0) | (np.diff(values[-1]) != 0)) + 1)
         offsets.append(values[0] / (values[-1] - values[0] + (values[-1] == values[0])))
         clear = float((spread / np.abs(values).max(0)).min())
         if clear > clearest:
@@ -172,54 +175,78 @@ def layout(name: str) -> Layout:
     first, last = int(table[:, 0].argmin()), int(table[:, 0].argmax())
     levels = np.unique(np.round(np.median((table - table[first]) / (table[last] - table[first]), axis=1), 6))
     units = next(n for n in range(1, 1 << 12) if np.abs(levels * n - np.round(levels * n)).max() < 2e-6 * n)
-    return Layout(mask, patterns[first], patterns[last], levels, units, single, bool(np.ptp(np.array(offsets)) > 1e-2))
+    return Layout(
+        mask,
+        patterns[first],
+        patterns[last],
+        levels,
+        units,
+        int(np.gcd.reduce(breaks)),
+        len(breaks) == 1,
+        bool(np.ptp(np.array(offsets)) > 1e-2),
+    )
 
 
-def _block_cells(name: str, blocks: Bytes, values: Double, decode: Any, loose: bool) -> Cells:
-    """Cells of whole blocks; `decode` turns blocks into values of the shape of `values`."""
+def _block_cells(name: str, blocks: Bytes, values: Double, decode: Any, wide: bool, loose: bool) -> Cells:
+    """Cells of whole blocks; `decode` turns blocks into values of the shape of `values`, `wide` says that rows are whole blocks."""
     form = layout(name)
-    low = decode(blocks & ~form.mask | form.least).astype(np.float64)
-    span = decode(blocks & ~form.mask | form.greatest) - low
-    flat = span == 0
-    levels = form.levels
-    gaps = np.diff(levels)
-    edges = np.concatenate([[levels[0] - gaps[0] / 2], (levels[1:] + levels[:-1]) / 2, [levels[-1] + gaps[-1] / 2]])
+    group, block = (form.group, _ROWS[name][3]) if wide else (1, _ROWS[name][3])
+    low = decode(blocks & ~form.mask | form.least)[:, ::group].astype(np.float64)
+    span = decode(blocks & ~form.mask | form.greatest)[:, ::group] - low
+    seen = (values.shape[0], low.shape[1], group)
+    values, low, span = values.reshape(seen), low[:, :, None], span[:, :, None]
+    flat, gaps, last = span == 0, np.diff(form.levels), form.levels.size - 1
     with np.errstate(all="ignore"):
-        place = np.where(flat, 0, (values - low) / span)
-    code = np.searchsorted(edges[1:-1], place)
-    sides = [low + span * edges[code], low + span * edges[code + 1]]
-    step = np.abs(span) * (edges[code + 1] - edges[code])
+        place = (values - low) / np.where(flat, np.inf, span)
+        code = _codes(form, place)
+    slack, clip, largest = _room(form, low, span, block // group if wide else block)
+    edges = np.concatenate([[-gaps[0] / 2], (form.levels[1:] + form.levels[:-1]) / 2, [1 + gaps[-1] / 2]])
+    first, second = edges[code] * span + low, edges[code + 1] * span + low
+    outward = np.sign(span) * clip
+    ends = code == 0, code == last
+    np.subtract(first, outward, out=first, where=ends[0])
+    np.add(second, outward, out=second, where=ends[1])
+    lower, upper = np.minimum(first, second) - slack, np.maximum(first, second) + slack
+    step = np.abs(span) * (edges[1:] - edges[:-1])[code]
+    if flat.any():
+        lower, upper, step = np.where(flat, values - clip, lower), np.where(flat, values + clip, upper), np.where(flat, largest, step)
+    if not loose:
+        lower, upper, step = (part.reshape(seen[0], -1) for part in (lower, upper, step))
+        return Cells(lower, upper, step, lower, upper)
+    inside = REACH[0] * step if form.single else np.zeros_like(step)
+    room = [np.where(end, REACH[1] * largest, inside) for end in ends]
+    below, above = np.where(span >= 0, room[0], room[1]), np.where(span >= 0, room[1], room[0])
+    return Cells(*(part.reshape(seen[0], -1) for part in (lower, upper, step, lower - below, upper + above)))
+
+
+def _codes(form: Layout, place: Double) -> NDArray[np.intp]:
+    """Numbers of the levels nearest to places in 0..1."""
+    if form.units == form.levels.size - 1:  # evenly spaced
+        near: NDArray[np.intp] = np.clip(np.rint(place * form.units), 0, form.units).astype(np.intp)
+        return near
+    return np.searchsorted((form.levels[1:] + form.levels[:-1]) / 2, place)
+
+
+def _room(form: Layout, low: Double, span: Double, block: int) -> tuple[Double, Double, Double]:
+    """What encoders need besides half a step: everywhere, and beyond the range; and the largest step of the block."""
     size = np.maximum(np.abs(low), np.abs(low + span))
     plain = form.single and not form.shifted
     slack = (1.05 if plain else 3.5) * HALF * size + TINY * form.units * (1 if form.single else SUBSCALES[0])
-    block = _ROWS[name][3]
-    largest = _over_blocks(np.abs(span) * gaps.max(), block)
     nothing = TINY * form.units * (8 if form.single else SUBSCALES[1])
+    slack = slack + np.where(_over_blocks(size, block) < 4 * nothing, nothing, 0)
+    largest = _over_blocks(np.abs(span), block) * np.diff(form.levels).max()
     clip = CLIP * largest + (MINIMUM * _over_blocks(np.abs(low), block) if form.shifted else 0) + nothing
-    outward = np.sign(span) * clip
-    ends = (np.where(code == 0, -outward, 0), np.where(code == levels.size - 1, outward, 0))
-    first, second = sides[0] + ends[0], sides[1] + ends[1]
-    lower, upper = np.minimum(first, second) - slack, np.maximum(first, second) + slack
-    small = _over_blocks(size, block) < 4 * nothing
-    lower[small] -= nothing
-    upper[small] += nothing
-    lower[flat], upper[flat] = (values - clip)[flat], (values + clip)[flat]
-    step[flat] = largest[flat]
-    if not loose:
-        return Cells(lower, upper, step, lower, upper)
-    inside = REACH[0] * step if form.single else 0
-    room = [np.where(ends[side] != 0, REACH[1] * largest, inside) for side in (0, 1)]
-    below, above = np.where(first <= second, room[0], room[1]), np.where(first <= second, room[1], room[0])
-    return Cells(lower, upper, step, lower - below, upper + above)
+    return slack, clip, largest
 
 
 def _over_blocks(sizes: Double, block: int) -> Double:
-    """The largest of each block, in the place of every value of it; a last block may be short."""
-    columns = sizes.shape[-1]
-    if columns % block:
-        sizes = np.pad(sizes, ((0, 0), (0, -columns % block)))
-    most = sizes.reshape(sizes.shape[0], -1, block).max(2)
-    return np.repeat(most, block, axis=1)[:, :columns]
+    """The largest of each block [rows, groups, 1], in the place of every group of it; a last block may be short."""
+    rows, groups, _ = sizes.shape
+    whole = sizes[:, :, 0]
+    if groups % block:
+        whole = np.pad(whole, ((0, 0), (0, -groups % block)))
+    most = whole.reshape(rows, -1, block).max(2)
+    return np.repeat(most, block, axis=1)[:, :groups, None]
 
 
 # ---- formats without blocks ------------------------------------------------------------------------------------------------------------
@@ -340,7 +367,8 @@ class Tensor:
         if not self.coarse:
             return Cells(values, values, np.zeros_like(values), values, values)
         if self.block > 1:
-            return _block_cells(self.name, blocks, values, decode, self.importance)
+            wide = self.packing != _FLAT and self.cols % self.block == 0
+            return _block_cells(self.name, blocks, values, decode, wide, self.importance)
         if self.packing == _WHOLE:
             every = np.append(self.data[: self.data.size - self.count], np.arange(256, dtype=np.uint8))
             table = _code_table(_read(self.name, every, (256,)).astype(np.float64), 1e-4)

@@ -22,7 +22,7 @@ from aprender.judge.cells import Cells, Tensor, paired
 Index = NDArray[np.intp]
 Tell = Callable[[float], None]
 
-PIECE = 1 << 19
+PIECE = 1 << 16
 """Values compared at once."""
 
 LOOSE = 0.06
@@ -163,6 +163,11 @@ def weigh(a: View, b: View, tell: Tell = lambda share: None) -> Tally:
     return tally
 
 
+def _dot(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Sum of products; not BLAS, whose threads would fight over a busy machine for a little sum."""
+    return float(np.einsum("ij,ij->", x, y))
+
+
 def _count(tally: Tally, x: NDArray[Any], y: NDArray[Any], start: int) -> None:
     """What needs no cells: bits, NaN and infinities, sums."""
     bits = [np.ascontiguousarray(part).view(np.uint32) for part in (x, y)]
@@ -180,19 +185,19 @@ def _count(tally: Tally, x: NDArray[Any], y: NDArray[Any], start: int) -> None:
         differing &= ~(np.isnan(x) & np.isnan(y))
         tally.unlike += int((differing & ~both).sum())
         u, v = np.where(both, u, 0), np.where(both, v, 0)
-    tally.aa += float(np.vdot(u, u))
+    tally.aa += _dot(u, u)
     if not differing.any():
-        tally.bb += float(np.vdot(v, v))
-        tally.ab += float(np.vdot(u, v))
+        tally.bb += _dot(v, v)
+        tally.ab += _dot(u, v)
         _significands(tally, x, y, differing)
         return
     tally.differing += int(differing.sum())
     tally.rows[-1][start : start + len(x)] = differing.sum(1)
     tally.zero_signs += int((differing & (x == y)).sum())
     apart = u - v
-    tally.bb += float(np.vdot(v, v))
-    tally.ab += float(np.vdot(u, v))
-    tally.dd += float(np.vdot(apart, apart))
+    tally.bb += _dot(v, v)
+    tally.ab += _dot(u, v)
+    tally.dd += _dot(apart, apart)
     tally.largest = max(tally.largest, float(np.abs(apart).max()))
     _note(tally, "differing", differing & (x != y), start)
     _significands(tally, x, y, differing)
@@ -220,28 +225,49 @@ def _significands(tally: Tally, x: NDArray[Any], y: NDArray[Any], differing: NDA
 def _look(tally: Tally, a: View, b: View, where: slice, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
     """Hold each value against the cell of the other one."""
     left, right = a.cells(where), b.cells(where)
-    odd = ~(np.isfinite(x) & np.isfinite(y)) & ~((x == y) | (np.isnan(x) & np.isnan(y)))
+    unequal, odd = x != y, None
     with np.errstate(invalid="ignore"):
-        tests = (
-            ((x < right.lower) | (x > right.upper), (x < right.near) | (x > right.far)),
-            ((y < left.lower) | (y > left.upper), (y < left.near) | (y > left.far)),
-            ((left.upper < right.lower) | (right.upper < left.lower), (left.far < right.near) | (right.far < left.near)),
-        )
-        for kind, (out, beyond) in enumerate(tests):
-            out, beyond = (out & (x != y)) | odd, (beyond & (x != y)) | odd
-            tally.outside[kind] += int(beyond.sum())
-            tally.loose[kind] += int((out & ~beyond).sum())
-            if out.any():
-                tally.rows[kind][where] += out.sum(1)
-                _note(tally, f"outside {kind}", beyond, where.start)
-                _note(tally, f"loose {kind}", out, where.start)
-        step = np.hypot(left.step, right.step)
-        apart = np.where(np.isfinite(x - y), x - y, 0)
-    tally.step2 += float(np.vdot(step, step))
+        apart = x - y
+    finite = np.isfinite(apart)
+    if not finite.all():
+        odd = unequal & ~finite & ~(np.isnan(x) & np.isnan(y))
+        apart, y = np.where(finite, apart, 0), np.where(np.isfinite(y), y, 0)
+        x = np.where(np.isfinite(x), x, 0)
+        unequal &= finite
+    for kind in possible(a.tensor, b.tensor):
+        own, value, cells = (left, x, right) if kind == BOTH else (None, x, right) if kind == A_TO_B else (None, y, left)
+        out, beyond = _beyond(own, value, cells, unequal)
+        if odd is not None:
+            out, beyond = out | odd, beyond | odd
+        count = int(np.count_nonzero(out))
+        if count:
+            tally.outside[kind] += int(np.count_nonzero(beyond))
+            tally.loose[kind] += int(np.count_nonzero(out & ~beyond))
+            tally.rows[kind][where] += out.sum(1)
+            _note(tally, f"outside {kind}", beyond, where.start)
+            _note(tally, f"loose {kind}", out, where.start)
+    tally.step2 += _dot(left.step, left.step) + _dot(right.step, right.step)
     if x.shape[1] > 1:
-        beside = np.where(np.isfinite(y[:, 1:]), y[:, 1:], 0)
-        parts = (np.vdot(apart[:, :-1], beside), np.vdot(apart[:, :-1], apart[:, :-1]), np.vdot(beside, beside))
-        tally.lag = [total + float(part) for total, part in zip(tally.lag, parts, strict=True)]
+        parts = (_dot(apart[:, :-1], y[:, 1:]), _dot(apart[:, :-1], apart[:, :-1]), _dot(y[:, 1:], y[:, 1:]))
+        tally.lag = [total + part for total, part in zip(tally.lag, parts, strict=True)]
+
+
+def possible(a: Tensor, b: Tensor) -> list[int]:
+    """The kinds of rounding that these formats allow."""
+    return [kind for kind, rounded in ((A_TO_B, b.coarse), (B_TO_A, a.coarse), (BOTH, a.coarse and b.coarse)) if rounded]
+
+
+def _beyond(
+    own: Cells | None, x: NDArray[np.float64], cells: Cells, unequal: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which values (or their own cells) lie outside the cells of the other side, and which beyond what an importance matrix excuses too."""
+    with np.errstate(invalid="ignore"):
+        out = ((x if own is None else own.upper) < cells.lower) | ((x if own is None else own.lower) > cells.upper)
+        out &= unequal
+        if cells.near is cells.lower and (own is None or own.near is own.lower):
+            return out, out
+        beyond = ((x if own is None else own.far) < cells.near) | ((x if own is None else own.near) > cells.far)
+        return out, beyond & unequal
 
 
 # ---- does rounding explain it? ---------------------------------------------------------------------------------------------------------
@@ -265,8 +291,8 @@ def explained(tally: Tally, a: Tensor, b: Tensor) -> int | None:
     strong = lag(tally)
     if strong is not None and abs(strong) > LARGEST_LAG + 6 / math.sqrt(tally.n):
         return None
-    for kind, rounded in enumerate((b.coarse, a.coarse, a.coarse and b.coarse)):
-        if rounded and not tally.outside[kind] and tally.loose[kind] <= LOOSE * tally.n and _plausible(tally, kind):
+    for kind in possible(a, b):
+        if not tally.outside[kind] and tally.loose[kind] <= LOOSE * tally.n and _plausible(tally, kind):
             size = noise(tally)
             return kind if size is None or size <= LARGEST_NOISE * (2 if tally.loose[kind] else 1) else None
     return None
@@ -376,8 +402,7 @@ def _judged(a: View, b: View, tally: Tally) -> Found:
     kind = explained(tally, a.tensor, b.tensor)
     if kind is not None:
         return Found(ROUNDED, tally, kind=kind)
-    possible = [k for k, rounded in enumerate((b.tensor.coarse, a.tensor.coarse, a.tensor.coarse and b.tensor.coarse)) if rounded]
-    best = min(possible, key=lambda k: (tally.outside[k], tally.loose[k]), default=None)
+    best = min(possible(a.tensor, b.tensor), key=lambda k: (tally.outside[k], tally.loose[k]), default=None)
     if best is not None and tally.outside[best]:
         return Found(DIFFERENT, tally, kind=best, first=tally.first[f"outside {best}"], count=tally.outside[best])
     if best is not None and tally.loose[best] > LOOSE * tally.n:
@@ -523,10 +548,10 @@ def _rows(a: Tensor, b: Tensor, bad: Index) -> Found | None:
         order[np.argsort(b.values(slice(0, b.rows))[:, 0], kind="stable")] = np.argsort(a.values(slice(0, a.rows))[:, 0], kind="stable")
     else:
         order[bad] = _nearest(_features(b, True)[bad], _features(a, True))
-    found = _judged(View(a, rows=order), View(b), weigh(View(a, rows=order), View(b))) if _moved(order).size else None
-    if not found or found.state not in EXPLAINED:
-        return None
     moved = _moved(order)
+    found = _verified(View(a, rows=order), View(b)) if moved.size else None
+    if not found:
+        return None
     first = int(moved[0])
     if np.unique(order).size == order.size:
         return replace(found, state=ROWS, first=(first, 0), count=moved.size, text=_and(_in_words(order), found))

@@ -216,6 +216,18 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[
         Code SIZE: `data` has more or fewer bytes than that shape takes.
     """
 
+def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:
+    """One APRT file: its layer (None: the whole model) and its values, [count], a read-only view whose bits are those of the file.
+
+    Raises
+    ------
+    FormatError
+        TRUNCATED, BAD_MAGIC, GAP (bytes that the header does not count), NOT_REGULAR.
+    OSError
+        It cannot be read.
+    MemoryError
+    """
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 @final
@@ -404,6 +416,9 @@ def _fail_allocation(n: int, /) -> None:
 
 def _live_bytes() -> int:
     """Bytes that the core holds."""
+
+def _peak_bytes() -> int:
+    """For tests: most bytes that the core held at once since the last call of this."""
 
 def _allocations() -> int:
     """Allocations of the core so far."""

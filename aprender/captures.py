@@ -14,6 +14,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize
 
 from aprender import _core, stages
-from aprender.atomic import writing
+from aprender.atomic import LOCK, locked, sync_folder, writing
 from aprender.errors import ArgumentError, CannotRun, FormatError, NotComparable, UnknownName
-from aprender.manifest import ALL, HALVES, LAST, PAIRS, Manifest, TensorNote, key_name
+from aprender.manifest import ALL, HALVES, LAST, PAIRS, SCHEMA, TREE, Manifest, TensorNote, key_name
 from aprender.stages import Key
 
 Array = NDArray[np.float32]
@@ -60,7 +61,7 @@ class Captures(Mapping[Key, Array]):
 
     def __init__(self, arrays: Mapping[Key, NDArray[Any]], manifest: Manifest) -> None:
         keys = sorted(map(_checked_key, arrays), key=stages.order)
-        self._arrays: Mapping[Key, Array] = arrays if isinstance(arrays, _Folder) else {key: _frozen(arrays[key]) for key in keys}
+        self._arrays: Mapping[Key, Array] = arrays if isinstance(arrays, Lazy) else {key: _frozen(arrays[key]) for key in keys}
         notes = {key: manifest.tensors.get(key) or TensorNote.of(self._arrays[key]) for key in keys}
         self.manifest = replace(manifest, tensors=notes, positions=manifest.positions or tuple(range(len(manifest.tokens))))
         self._keys = tuple(keys)
@@ -242,11 +243,11 @@ def _view_shape(side: Captures, key: Key, positions: str) -> tuple[int, ...]:
 def aligned(a: Captures, b: Captures, key: Key) -> tuple[Array, Array]:
     """The two arrays of a key after the views that :func:`check_contract` names: last token of both, lanes as halves."""
     last = a.manifest.tensors[key].positions != b.manifest.tensors[key].positions
-    return _view(a, key, last), _view(b, key, last)
+    return view(a, key, last), view(b, key, last)
 
 
-def _view(side: Captures, key: Key, last: bool) -> Array:
-    """One side's array, cut and permuted as asked."""
+def view(side: Captures, key: Key, last: bool) -> Array:
+    """One side's array with its lanes as halves, and of all tokens the last one if asked."""
     array, note, row = side[key], side.manifest.tensors[key], stages.by_name[key[0]]
     if last and note.positions == ALL and "T" in row.shape:
         array = np.take(array, [-1], axis=row.shape.index("T"))
@@ -306,7 +307,7 @@ def file_name(layer: int | None) -> str:
     return MODEL_FILE if layer is None else f"layer-{layer:03d}.safetensors"
 
 
-_OURS = re.compile(r"(layer-\d{3,6}\.safetensors|model\.safetensors|manifest\.json)(\.tmp)?")
+_OURS = re.compile(r"(layer-\d{3,6}\.safetensors|model\.safetensors|manifest\.json)(\.tmp)?|\.lock")
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -353,16 +354,28 @@ def save(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
     try:
         check_folder(where)
         where.mkdir(parents=True, exist_ok=True)
-        (where / MANIFEST).unlink(missing_ok=True)
-        notes: dict[Key, TensorNote] = {}
-        for layer in dict.fromkeys(key[1] for key in captures):
-            notes |= _save_file(captures, layer, where)
-        for name in sorted(set(os.listdir(where)) - {file_name(key[1]) for key in captures}):
-            (where / name).unlink()
-        manifest = replace(captures.manifest, tensors=notes)
-        _write(where / MANIFEST, manifest.to_json().encode())
+        with locked(where):
+            return _save(captures, where)
     except OSError as error:
         raise CannotRun(f"{where}: {error.strerror or error}", code="IO", path=str(where)) from error
+
+
+def _save(captures: Captures, where: Path) -> Manifest:
+    """Write a capture to a folder that is ours alone now: without a manifest it reads as unfinished, so that goes first and comes last."""
+    (where / MANIFEST).unlink(missing_ok=True)
+    sync_folder(where)
+    notes: dict[Key, TensorNote] = {}
+    for layer in dict.fromkeys(key[1] for key in captures):
+        notes |= _save_file(captures, layer, where)
+    for name in sorted(set(os.listdir(where)) - {file_name(key[1]) for key in captures} - {LOCK}):
+        (where / name).unlink()
+    manifest = replace(captures.manifest, tensors=notes, schema=SCHEMA)
+    try:
+        _write(where / MANIFEST, manifest.to_json().encode())
+    except BaseException:  # the last sync may have failed, with the file in its place
+        with suppress(OSError):
+            (where / MANIFEST).unlink(missing_ok=True)
+        raise
     return manifest
 
 
@@ -385,14 +398,21 @@ def _write(path: Path, data: bytes) -> None:
         out.write(data)
 
 
-class _Folder(Mapping[Key, Array]):
-    """The arrays of a saved capture, read when asked for and checked against their digests."""
+class Lazy(Mapping[Key, Array]):
+    """Arrays that are read when they are asked for, and kept while somebody holds them.
+
+    Parameters
+    ----------
+    where : Path
+        Folder.
+    notes : mapping of Key to TensorNote
+        What it holds.
+    """
 
     def __init__(self, where: Path, notes: Mapping[Key, TensorNote]) -> None:
         self._where = where
         self._notes = notes
         self._live: weakref.WeakValueDictionary[Key, Array] = weakref.WeakValueDictionary()
-        self._last: tuple[str, _core.File] | None = None  # the tensors of a layer are wanted one after the other
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._notes)
@@ -403,11 +423,20 @@ class _Folder(Mapping[Key, Array]):
     def __getitem__(self, key: Key) -> Array:
         found = self._live.get(key)
         if found is None:
-            found = self._live[key] = self._read(key)
+            found = self._live[key] = _frozen(self._read(key))
         return found
 
     def _read(self, key: Key) -> Array:
-        """One tensor from its file."""
+        """One tensor from its file, checked."""
+        raise NotImplementedError
+
+
+class _Folder(Lazy):
+    """The arrays of a saved capture, checked against their digests."""
+
+    _last: tuple[str, _core.File] | None = None  # the tensors of a layer are wanted one after the other
+
+    def _read(self, key: Key) -> Array:
         path = str(self._where / file_name(key[1]))
         name, note = key[0], self._notes[key]
         file = self._file(path)
@@ -419,7 +448,7 @@ class _Folder(Mapping[Key, Array]):
             raise FormatError(f"{path}: '{name}' has shape {shapes}", code="SHAPE", path=path, field=name)
         if note.sha256 is not None and hashlib.sha256(file.raw(name).data).hexdigest() != note.sha256:
             raise FormatError(f"{path}: the bytes of '{name}' are not those that were saved", code="CHANGED", path=path, field=name)
-        return _frozen(file.dequantize(name))
+        return file.dequantize(name)
 
     def _file(self, path: str) -> _core.File:
         """The file of a layer, kept open until another one is asked for."""
@@ -431,16 +460,14 @@ class _Folder(Mapping[Key, Array]):
         return self._last[1]
 
 
-def open_captures(folder: str | os.PathLike[str]) -> Captures:
-    """A saved capture; arrays are read when they are first used.
+def read_manifest(where: Path) -> Manifest:
+    """The manifest of a saved capture or of an APRT tree of ours.
 
     Raises
     ------
     FormatError
-        No manifest (an interrupted save leaves none), a manifest that is not ours, or a file that is missing.  A damaged tensor is
-        found when it is read.
+        There is none, or it is not ours.
     """
-    where = Path(folder)
     path = where / MANIFEST
     try:
         if path.stat().st_size > LARGEST_MANIFEST:
@@ -451,7 +478,24 @@ def open_captures(folder: str | os.PathLike[str]) -> Captures:
     except OSError as error:
         why = "not a saved capture: it has no manifest.json" if where.is_dir() else error.strerror or str(error)
         raise FormatError(f"{where}: {why}", code="PATH", path=str(where), field=MANIFEST) from None
-    manifest = Manifest.from_json(text, str(path))
+    return Manifest.from_json(text, str(path))
+
+
+def open_captures(folder: str | os.PathLike[str]) -> Captures:
+    """A saved capture, or an APRT tree of ours; arrays are read when they are first used.
+
+    Raises
+    ------
+    FormatError
+        No manifest (an interrupted save leaves none), a manifest that is not ours, or a file that is missing.  A damaged tensor is
+        found when it is read.
+    """
+    where = Path(folder)
+    manifest = read_manifest(where)
+    if manifest.schema == TREE:
+        from aprender.aprt import open_tree
+
+        return open_tree(where)
     for layer, key in {key[1]: key for key in manifest.tensors}.items():
         file = where / file_name(layer)
         if not file.is_file():

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from aprender import stages
 from aprender.errors import FormatError
 from aprender.stages import Key
 
-SCHEMA = "aprender.captures/1"
+SCHEMA, TREE = "aprender.captures/1", "aprender.aprt/1"  # of a folder of ours, and of an APRT tree of ours
 
 ALL, LAST = "all", "last"  # positions that a tensor holds
 HALVES, PAIRS = "halves", "pairs"  # RoPE partners of a head: (i, i + h/2) as in Hugging Face, or (2i, 2i + 1)
@@ -109,6 +109,8 @@ class Manifest:
     tensors : dict of Key to TensorNote
     notes : tuple of str
         Sentences for the reader.
+    schema : str
+        Which folder it describes: ``SCHEMA`` or ``TREE``.
     """
 
     side: str
@@ -134,15 +136,21 @@ class Manifest:
     arithmetic: dict[str, Any] = field(default_factory=dict)
     tensors: dict[Key, TensorNote] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    schema: str = SCHEMA
 
-    schema: ClassVar[str] = SCHEMA
+    def to_json(self, more: Mapping[Key, Mapping[str, object]] | None = None) -> str:
+        """JSON text, one line per entry and per tensor, so that two manifests can be compared by eye.
 
-    def to_json(self) -> str:
-        """JSON text, one line per entry and per tensor, so that two manifests can be compared by eye."""
-        data: dict[str, Any] = {"schema": SCHEMA} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        Parameters
+        ----------
+        more : mapping, optional
+            Further entries of tensors, for other readers: :meth:`from_json` passes over them.
+        """
+        data: dict[str, Any] = {"schema": self.schema} | {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
         data["flags"] = sorted(self.flags)
         lines = [f"  {json.dumps(name)}: {_dump(value)}" for name, value in data.items()]
-        rows = [f"    {json.dumps(key_name(key))}: {_dump(asdict(self.tensors[key]))}" for key in sorted(self.tensors, key=stages.order)]
+        keys, more = sorted(self.tensors, key=stages.order), more or {}
+        rows = [f"    {json.dumps(key_name(key))}: {_dump(asdict(self.tensors[key]) | dict(more.get(key, {})))}" for key in keys]
         lines.append('  "tensors": {\n' + ",\n".join(rows) + ("\n  }" if rows else "  }"))
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -159,10 +167,10 @@ class Manifest:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: not JSON: {error}", code="JSON", path=path) from None
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") not in (SCHEMA, TREE):
             found = data.get("schema") if isinstance(data, dict) else None
-            raise FormatError(f"{path}: schema {found!r}, {SCHEMA!r} is needed", code="BAD_VERSION", path=path, field="schema")
-        said = _checked(data, _MANIFEST_KINDS, path)
+            raise FormatError(f"{path}: schema {found!r}, {SCHEMA!r} or {TREE!r} is needed", code="BAD_VERSION", path=path, field="schema")
+        said = _checked(data, _MANIFEST_KINDS, path) | {"schema": data["schema"]}
         said["tensors"] = {_key_of(name, path): _note(value, name, path) for name, value in said["tensors"].items()}
         made = cls(**said)
         if len(made.positions) not in (0, len(made.tokens)):

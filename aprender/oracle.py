@@ -49,6 +49,7 @@ def _parser() -> Parser:
     add("--prompt-ids", metavar="1,2,3", help="token ids instead of a text")
     add("--layers", metavar="A..B", help="these layers only, B exclusive; stages of the whole model stay")
     add("--stages", metavar="SELECTION", help="these stages only: 3.attn_*,*.ffn_out,lm_head")
+    add("--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin; of the logits the last token")
     add("--answer", type=int, default=16, metavar="N", help="tokens of the greedy answer to record (default: %(default)s)")
     add("--no-floor", action="store_true", help="do not run the model in float32 too (twice the memory) to say what the format costs")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -212,12 +213,12 @@ def main(argv: list[str] | None = None) -> int:
     """Record, save, summarise."""
     args = _parser().parse_args(argv)
     choices = _choices(args)
-    from aprender import captures
+    from aprender import aprt, captures
 
-    captures.check_folder(args.output)
+    (aprt.check if args.aprt else captures.check_folder)(args.output)
     with _show.Progress(f"{args.model} {args.dtype}", args.quiet) as progress:
         found = record(args.model.removeprefix("hf:"), args.dtype, progress=progress, **choices)
-    manifest = captures.save(found, args.output)
+    manifest = (aprt.write_tree if args.aprt else captures.save)(found, args.output)
     if not args.quiet:
         _show.show(_show.facts(_summary(manifest, args.output)))
     return AGREE if manifest.attestation else DIVERGENCE

@@ -1,6 +1,7 @@
 """``python -m aprender.trace``: run a prompt through a model and save its stages to a folder.
 
-Owns the selection of what to keep and the summary; the run is the side's, the folder is that of ``captures``.
+Owns the selection of what to keep and the summary; the run is the side's, the folder is that of ``captures`` or, with ``--aprt``, the tree
+of ``aprt``.
 Refuses a selection of which some part names nothing in the model: nothing less than what was asked for is saved.  Called from the command
 line.
 """
@@ -31,6 +32,7 @@ EXAMPLES = (
     f"python -m aprender.trace {_prompt.CANARY} --prompt 'What is 2+2?' -o stages",
     f"python -m aprender.trace {_prompt.CANARY} --prompt-ids 261,374 -o stages --stages '*.attn_*,lm_head'",
     f"python -m aprender.trace {_prompt.CANARY} --prompt 'What is 2+2?' -o stages --layers 0..2 --json",
+    f"python -m aprender.trace {_prompt.CANARY} --prompt 'What is 2+2?' -o tree --aprt",
 )
 
 
@@ -47,6 +49,7 @@ def _parser() -> Parser:
         "--stages", metavar="SEL", help="patterns [LAYERS.]STAGE, separated by commas: 3.attn_*,*.ffn_out,lm_head (default: all)"
     )
     parser.add_argument("--layers", metavar="a..b", help="only these layers, b exclusive; whole-model stages stay")
+    parser.add_argument("--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin; of the logits the last token")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-q", "--quiet", action="store_true", help="one sentence")
     form.add_argument("--json", action="store_true", help="one JSON object")
@@ -67,9 +70,18 @@ def _parts(options: argparse.Namespace) -> list[tuple[str, Selection]]:
         parts = [(word.strip(), stages.parse_selection(word)) for word in words]
     except (ArgumentError, UnknownName) as problem:
         raise Usage(str(problem)) from None
-    if layers is None:
-        return parts
-    return [(f"{text} of --layers {options.layers}", _within(one, layers)) for text, one in parts or [("stages", lambda _: True)]]
+    if layers is not None:
+        parts = [(f"{text} of --layers {options.layers}", _within(one, layers)) for text, one in parts or [("stages", lambda _: True)]]
+    if options.aprt:
+        parts = [(f"{text} in an APRT tree", _held(one)) for text, one in parts or [("stages", lambda _: True)]]
+    return parts
+
+
+def _held(one: Selection) -> Selection:
+    """The keys of a selection that an APRT tree has a file for."""
+    from aprender import aprt
+
+    return lambda key: one(key) and aprt.held(key)
 
 
 def _within(one: Selection, layers: range) -> Selection:
@@ -100,6 +112,16 @@ def _selection(side: Side, options: argparse.Namespace, parts: list[tuple[str, S
             if not any(map(one, keys)):
                 raise CannotRun(f"'{text}' is no stage of this model ({data['arch']}, {count} layers)", code="LOOKUP", field="stages")
     return (lambda key: any(one(key) for _, one in parts)) if parts else None
+
+
+def _check_tree(side: Side, keep: Selection | None, tokens: int, folder: str) -> None:
+    """Whether the tree that was asked for can be written, as far as that is known before the run."""
+    from aprender import aprt, stages
+
+    data = side.model_data()
+    if data is not None:
+        keys = [key for key in stages.keys(data["flags"], int(data["hparams"]["layers"])) if keep is None or keep(key)]
+        aprt.check(folder, aprt.shapes(keys, data["hparams"], tokens))
 
 
 def _warn_large(side: Side, keep: Selection | None, tokens: int) -> None:
@@ -234,6 +256,8 @@ def _capture(side: Side, options: argparse.Namespace, parts: list[tuple[str, Sel
     ids = _prompt.prompt_ids(side, options)
     keep = _selection(side, options, parts)
     _warn_large(side, keep, len(ids))
+    if options.aprt:
+        _check_tree(side, keep, len(ids), options.output)
     _prompt.warn_beyond_context(side, len(ids))
     with _show.Progress("tracing", options.quiet) as progress:
         made = side.capture(ids, keep, progress)
@@ -251,13 +275,16 @@ def main(argv: list[str] | None = None) -> int:
 
     import json
 
+    from aprender import aprt
     from aprender.captures import check_folder, save
     from aprender.sides import open_side
 
     parts = _parts(options)
-    check_folder(options.output)
+    (aprt.check if options.aprt else check_folder)(options.output)
     captures, words = _capture(open_side(options.model), options, parts)
-    save(captures, options.output)
+    if options.aprt:
+        captures = aprt.exported(captures)
+    (aprt.write_tree if options.aprt else save)(captures, options.output)
     said = summary(captures, options.output, words)
     if options.json:
         print(json.dumps(said, ensure_ascii=False, allow_nan=False))

@@ -52,6 +52,7 @@
 #include "file/gguf.c"
 #include "file/safetensors.c"
 #include "file/apr.c"
+#include "file/aprt.c"
 /* 3 plan: the tables; file -> model -> plan */
 #include "plan/tables.c"
 #include "plan/model.c"
@@ -71,6 +72,7 @@
 #include "py/errors.c"
 #include "py/file.c"
 #include "py/quant.c"
+#include "py/aprt.c"
 #include "py/model.c"
 #include "py/run.c"
 #include "py/module.c"

@@ -55,7 +55,7 @@ def test_one_bit_is_a_difference(pair: Pair, tmp_path: Path, capsys: Capsys, key
     said = json.loads(out)
     (row,) = [row for row in said["stages"] if row["state"] != "equal"]
     assert (code, said["verdict"]) == (1, "divergence")
-    assert (row["stage"], row["layer"], row["differing"]) == (*key, 1)
+    assert (row["stage"], row["layer"], row["n"] - row["n_bits_equal"]) == (*key, 1)
 
 
 @pytest.mark.parametrize(("rtol", "code"), [(1e-3, 0), (1e-5, 1)])
@@ -93,7 +93,8 @@ def test_what_is_not_a_number_never_hides(
     found, out, _ = run(capsys, tmp_path / "a", tmp_path / "b", "--json", *options)
     row = json.loads(out)["stages"][-1]
     assert found == code
-    assert (row["nan_a"], row["nan_b"]) == (int(np.isnan(left)), int(np.isnan(right)))
+    nan = bool(np.isnan(left)), bool(np.isnan(right))
+    assert (row["nan_a_only"], row["nan_b_only"], row["nan_both"]) == (nan == (True, False), nan == (False, True), nan == (True, True))
 
 
 def test_what_only_one_side_has_is_said(pair: Pair, tmp_path: Path, capsys: Capsys) -> None:

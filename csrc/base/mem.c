@@ -1,6 +1,6 @@
 /*
 ** mem.c: the heap's only door.  Each block carries its size in the 64 bytes before the address handed out, so that what is live can be counted
-** without asking the C library.  Owns three counters (atomics, so any thread may allocate) and refuses a size that overflows.
+** without asking the C library.  Owns four counters (atomics, so any thread may allocate) and refuses a size that overflows.
 */
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ typedef struct { void *base; uint64_t size; } mem_head;
 _Static_assert(sizeof(mem_head) <= MEM_ALIGN, "the header fits in front of an aligned block");
 
 static _Atomic int64_t  mem_fuse = -1;          /* calls left until an injected failure; <= 0: never */
-static _Atomic uint64_t mem_live, mem_calls;
+static _Atomic uint64_t mem_live, mem_most, mem_calls;
 
 static mem_head *mem_head_of(void *p) { return (mem_head *)(void *)((char *)p - MEM_ALIGN); }
 
@@ -37,6 +37,12 @@ static void mem_huge_pages(char *base, uint64_t total) {
 #endif
 }
 
+static void mem_count(uint64_t bytes) {
+    uint64_t live = atomic_fetch_add_explicit(&mem_live, bytes, memory_order_relaxed) + bytes;
+    uint64_t most = atomic_load_explicit(&mem_most, memory_order_relaxed);
+    while (live > most && !atomic_compare_exchange_weak_explicit(&mem_most, &most, live, memory_order_relaxed, memory_order_relaxed)) {}
+}
+
 /* calloc and a hand-made alignment instead of aligned_alloc and memset: a large block comes zeroed from the kernel and its pages are not
 ** touched before somebody needs them. */
 static void *mem_new(uint64_t count, uint64_t size) {
@@ -47,7 +53,7 @@ static void *mem_new(uint64_t count, uint64_t size) {
     mem_huge_pages(base, total);
     char *p = base + 2 * MEM_ALIGN - ((uintptr_t)base & (MEM_ALIGN - 1));      /* calloc aligns to 16: at least 64 bytes lie before p */
     *mem_head_of(p) = (mem_head){ base, bytes };
-    atomic_fetch_add_explicit(&mem_live, bytes, memory_order_relaxed);
+    mem_count(bytes);
     return p;
 }
 
@@ -71,4 +77,5 @@ void ap_free(void *p) {
 
 void ap_mem_fail_at(int64_t nth) { atomic_store_explicit(&mem_fuse, nth, memory_order_relaxed); }
 uint64_t ap_mem_live(void)  { return atomic_load_explicit(&mem_live, memory_order_relaxed); }
+uint64_t ap_mem_peak(void)  { return atomic_exchange_explicit(&mem_most, ap_mem_live(), memory_order_relaxed); }
 uint64_t ap_mem_calls(void) { return atomic_load_explicit(&mem_calls, memory_order_relaxed); }

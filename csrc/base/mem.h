@@ -11,5 +11,6 @@ void *ap_grow(void *p, uint64_t old_count, uint64_t count, uint64_t size); /* li
 void  ap_free(void *p);
 void  ap_mem_fail_at(int64_t nth);                              /* the nth ap_alloc/ap_grow from now returns NULL; -1: never */
 uint64_t ap_mem_live(void);                                     /* bytes now held                                            */
+uint64_t ap_mem_peak(void);                                     /* most bytes held at once since the last call of this       */
 uint64_t ap_mem_calls(void);                                    /* allocations so far                                        */
 #endif

@@ -95,6 +95,14 @@ static int file_read(const char *path, uint64_t limit, file_buf *out, ap_err *e)
     return rc;
 }
 
+int ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e) {
+    file_buf b = { NULL, 0 };
+    AP_TRY(file_read(path, limit, &b, e));
+    *p = b.p;
+    *n = b.n;
+    return AP_OK;
+}
+
 /* The first n bytes of folder, a slash if it lacks one, and a name: the caller's to free, NULL without memory. */
 static char *file_join(const char *folder, size_t n, const char *name) {
     size_t m = strlen(name), slash = n && folder[n - 1] != '/';
@@ -401,13 +409,14 @@ static int file_refuse_twice(const ap_file *f, const char *what, ap_str s, ap_er
 }
 
 int ap_file_index(ap_file *f, ap_err *e) {
-    int *order = ap_alloc((uint64_t)(f->nt > f->nkv ? f->nt : f->nkv), sizeof *order);
-    f->by_name = ap_alloc((uint64_t)f->nt, sizeof *f->by_name);
-    if (!order || !f->by_name) { ap_free(order); return file_memory((uint64_t)f->nt * sizeof *order, e); }
+    int *order = ap_alloc((uint64_t)f->nkv, sizeof *order);
+    if (!order) return file_memory((uint64_t)f->nkv * sizeof *order, e);
     int key = ap_file_twice(f->kv, f->nkv, sizeof *f->kv, order), rc = AP_OK;
     if (key) rc = file_refuse_twice(f, "key", f->kv[order[key]].key, e);
     ap_free(order);
     if (rc) return rc;
+    f->by_name = ap_alloc((uint64_t)f->nt, sizeof *f->by_name);
+    if (!f->by_name) return file_memory((uint64_t)f->nt * sizeof *f->by_name, e);
     int name = ap_file_twice(f->t, f->nt, sizeof *f->t, f->by_name);
     return name ? file_refuse_twice(f, "tensor", f->t[f->by_name[name]].name, e) : AP_OK;
 }

@@ -68,6 +68,7 @@ int   ap_file_open_shard(ap_file *f, ap_str name, ap_err *e);             /* ope
 int   ap_file_adopt(ap_file *f, ap_err *e);                               /* the shards' tensors become f's; index */
 int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int last_wins, ap_err *e);    /* a JSON object as kv; once a file */
 void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+int   ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e);   /* of a regular file; *p is the caller's to ap_free */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
@@ -75,6 +76,7 @@ void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* roo
 /* Limits: each is refused with AP_LIMIT. */
 #define AP_LIMIT_TENSORS   1000000u
 #define AP_LIMIT_KV        1000000u
+#define AP_LIMIT_METADATA  (1u << 30)
 #define AP_LIMIT_STRING    (64u << 20)
 #define AP_LIMIT_HEADER    100000000u
 #define AP_LIMIT_SHARDS    4096

@@ -158,15 +158,23 @@ static int gguf_kv(ap_cur *c, ap_kv *kv, ap_err *e) {
     return rc;
 }
 
+/* How much of the file may be something else than tensors. */
+static int gguf_metadata(const ap_cur *c, ap_err *e) {
+    if (c->pos <= AP_LIMIT_METADATA) return AP_OK;
+    return ap_fail_at(e, AP_LIMIT, gguf_at(c), NULL, "%llu bytes of metadata so far, at most %u are read", (unsigned long long)c->pos, (unsigned)AP_LIMIT_METADATA);
+}
+
+/* Looks ahead before it takes memory: a count is believed when that many pairs have been seen, and then the memory is exactly theirs. */
 static int gguf_kvs(ap_file *f, ap_cur *c, uint64_t count, ap_err *e) {
-    uint64_t cap = 0;
+    ap_cur ahead = *c;
     for (uint64_t i = 0; i < count; i++) {
-        ap_kv *kv = ap_file_room(f->kv, f->nkv, &cap, sizeof *kv);
-        if (!kv) return gguf_memory(e);
-        f->kv = kv;
-        AP_TRY(gguf_kv(c, &kv[f->nkv], e));
-        f->nkv++;
+        ap_kv kv = { .n = 0 };
+        AP_TRY(gguf_kv(&ahead, &kv, e));
+        AP_TRY(gguf_metadata(&ahead, e));
     }
+    f->kv = ap_alloc(count, sizeof *f->kv);
+    if (!f->kv) return gguf_memory(e);
+    for (; (uint64_t)f->nkv < count; f->nkv++) AP_TRY(gguf_kv(c, &f->kv[f->nkv], e));
     return AP_OK;
 }
 
@@ -219,14 +227,15 @@ static int gguf_tensor(ap_cur *c, ap_tensor *t, ap_err *e) {
 }
 
 static int gguf_tensors(ap_file *f, ap_cur *c, uint64_t count, ap_err *e) {
-    uint64_t cap = 0;
+    ap_cur ahead = *c;
     for (uint64_t i = 0; i < count; i++) {
-        ap_tensor *t = ap_file_room(f->t, f->nt, &cap, sizeof *t);
-        if (!t) return gguf_memory(e);
-        f->t = t;
-        AP_TRY(gguf_tensor(c, &t[f->nt], e));
-        f->nt++;
+        ap_tensor t = { .nd = 0 };
+        AP_TRY(gguf_tensor(&ahead, &t, e));
+        AP_TRY(gguf_metadata(&ahead, e));
     }
+    f->t = ap_alloc(count, sizeof *f->t);
+    if (!f->t) return gguf_memory(e);
+    for (; (uint64_t)f->nt < count; f->nt++) AP_TRY(gguf_tensor(c, &f->t[f->nt], e));
     return AP_OK;
 }
 
@@ -249,6 +258,13 @@ static int gguf_place(ap_file *f, ap_tensor *t, uint64_t start, uint64_t room, u
     return AP_OK;
 }
 
+/* Padding is zeros, so that nothing can be hidden in it; the file may end inside it. */
+static int gguf_padding(const ap_file *f, uint64_t from, uint64_t to, ap_err *e) {
+    for (uint64_t i = from; i < to && i < f->n; i++)
+        if (f->p[i]) return ap_fail_at(e, AP_GAP, (int64_t)i, NULL, "byte %llu is padding and not zero: 0x%02x", (unsigned long long)i, (unsigned)f->p[i]);
+    return AP_OK;
+}
+
 /* What follows the last tensor may be one alignment unit of zeros and nothing else. */
 static int gguf_tail(const ap_file *f, uint64_t end, ap_err *e) {
     uint64_t spare = f->n - end, zeros = 0;
@@ -264,10 +280,12 @@ static int gguf_data(ap_file *f, const ap_cur *c, ap_err *e) {
     if (!ap_align_ok(c->pos, f->alignment, &start) || (wanted && start >= f->n))
         return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "the file has %llu bytes and ends before the tensors' data", (unsigned long long)f->n);
     if (start > f->n) start = f->n;             /* no data at all: the padding before it may be missing */
+    AP_TRY(gguf_padding(f, c->pos, start, e));
     for (int i = 0; i < f->nt; i++) {
         AP_TRY(gguf_place(f, &f->t[i], start, f->n - start, next, e));
         end = next + f->t[i].bytes;             /* gguf_place has seen that this lies inside the file */
         if (!ap_align_ok(end, f->alignment, &next)) return ap_fail(e, AP_OFFSET, "the data section is too large");
+        if (i + 1 < f->nt) AP_TRY(gguf_padding(f, start + end, start + next, e));
     }
     return gguf_tail(f, start + end, e);
 }

@@ -9,8 +9,7 @@
 #include "file.h"
 
 /* One walk, done twice: first to count (kv NULL), then to fill.  path holds the dotted key of the member being read; len[d] is how much of it belongs to
-** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays.  In an array nothing is looked
-** at but the grammar. */
+** the d objects around.  An object is a pair too while we read, so that giving it twice is seen; only an empty one stays.  Of an array the text is kept. */
 enum { PAIRS_KEY = 255 };
 typedef struct {
     ap_json j;
@@ -54,6 +53,58 @@ static int pairs_string(pairs_walk *c, ap_str span, ap_str *out, ap_err *e) {
     return AP_OK;
 }
 
+/* The arrays and objects inside the array that begins at `from`: how many keys they have and how long these are. */
+static int pairs_array_size(ap_json j, uint64_t *keys, uint64_t *bytes, ap_err *e) {
+    ap_jkind kind;
+    *keys = *bytes = 0;
+    do {
+        AP_TRY(ap_json_next(&j, &kind, e));
+        if (kind == AP_J_KEY) { ++*keys; *bytes += j.span.n; }
+    } while (j.depth);
+    return AP_OK;
+}
+
+/* Each key behind the number of its object: two equal ones are one object's key given twice. */
+static int pairs_array_keys(ap_json j, ap_str *key, char *text, uint64_t room, ap_err *e) {
+    uint32_t object[AP_JSON_DEPTH + 1], objects = 0;
+    ap_jkind kind;
+    uint64_t at = 0;
+    do {
+        AP_TRY(ap_json_next(&j, &kind, e));
+        if (kind == AP_J_OBJ) object[j.depth] = ++objects;
+        if (kind != AP_J_KEY) continue;
+        key->p = text + at;
+        memcpy(text + at, &object[j.depth], sizeof *object);
+        at += sizeof *object;
+        AP_TRY(ap_json_text(&j, j.span, text + at, room - at, &key->n, e));
+        at += key->n;
+        key++->n += sizeof *object;
+    } while (j.depth);
+    return AP_OK;
+}
+
+/* Nothing of an array is read here, but an object in it that has a key twice would be read differently by two readers. */
+static int pairs_array_twice(const pairs_walk *c, uint64_t from, ap_err *e) {
+    ap_json j;
+    uint64_t keys, bytes, room;
+    ap_json_init(&j, c->j.p, c->j.pos);
+    j.pos = from;
+    AP_TRY(pairs_array_size(j, &keys, &bytes, e));
+    if (keys < 2) return AP_OK;
+    if (keys > AP_LIMIT_KV) return ap_fail_at(e, AP_LIMIT, (int64_t)from, c->what, "%s has more than %u keys in an array", c->what, (unsigned)AP_LIMIT_KV);
+    room = bytes + keys * sizeof(uint32_t);     /* of a text of at most AP_LIMIT_HEADER bytes */
+    ap_str *key = ap_alloc(keys, sizeof *key);
+    char *text = ap_alloc(room, 1);
+    int *order = ap_alloc(keys, sizeof *order);
+    int rc = key && text && order ? pairs_array_keys(j, key, text, room, e) : ap_fail(e, AP_MEMORY, "no memory for %llu keys", (unsigned long long)keys);
+    if (!rc && ap_file_twice(key, (int)keys, sizeof *key, order))
+        rc = ap_fail_at(e, AP_DUPLICATE, (int64_t)from, c->what, "%s: an object in the array at byte %llu has a key twice", c->what, (unsigned long long)from);
+    ap_free(order);
+    ap_free(text);
+    ap_free(key);
+    return rc;
+}
+
 /* The value that was just begun, as a pair.  n of an object says, until pairs_drop_objects, that it has members. */
 static int pairs_value(pairs_walk *c, ap_jkind kind, ap_err *e) {
     uint64_t from = c->j.pos - 1, n = c->len[c->j.depth - (kind == AP_J_OBJ || kind == AP_J_ARR)];
@@ -63,6 +114,7 @@ static int pairs_value(pairs_walk *c, ap_jkind kind, ap_err *e) {
     if (kind == AP_J_ARR) {
         for (int depth = c->j.depth; c->j.depth >= depth; ) AP_TRY(ap_json_next(&c->j, &kind, e));
         kv.s = (ap_str){ c->j.p + from, c->j.pos - from };
+        if (c->kv) AP_TRY(pairs_array_twice(c, from, e));
     }
     if (kind == AP_J_OBJ) kv.n = !pairs_empty_object(&c->j, from, &kv.s);
     if (kind == AP_J_NULL) kv.kind = AP_V_NULL;

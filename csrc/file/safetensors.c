@@ -11,7 +11,8 @@
 #include "file.h"
 
 enum { ST_LENGTH = 8, ST_NAME = 255 };
-typedef struct { ap_file *f; ap_json j; uint64_t data; uint64_t cap; } st_reader;      /* data: where the data section begins; cap: of f->t */
+/* data: where the data section begins; n: entries so far */
+typedef struct { ap_file *f; ap_json j; uint64_t data; int n; } st_reader;
 
 int ap_safetensors_sniff(const uint8_t *p, uint64_t n);
 int ap_safetensors_parse(ap_file *f, ap_err *e);
@@ -148,12 +149,11 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
         return st_metadata(r, e);
     }
     AP_TRY(ap_file_name_ok(name, ST_NAME, "tensor", at, e));
-    if (f->nt == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, at, NULL, "more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
-    ap_tensor *t = ap_file_room(f->t, f->nt, &r->cap, sizeof *t);
-    if (!t) return st_memory(e);
-    f->t = t;
-    t[f->nt].name = name;
-    return st_tensor(r, &t[f->nt++], e);
+    if (r->n == (int)AP_LIMIT_TENSORS) return ap_fail_at(e, AP_LIMIT, at, NULL, "more than %u tensors", (unsigned)AP_LIMIT_TENSORS);
+    ap_tensor ahead = { .nd = 0 }, *t = f->t ? &f->t[r->n] : &ahead;
+    t->name = name;
+    r->n++;
+    return st_tensor(r, t, e);
 }
 
 /* --- the header ------------------------------------------------------------------------------------------------------------------------ */
@@ -206,6 +206,7 @@ static int st_cover(const st_reader *r, ap_err *e) {
     return ap_fail_at(e, AP_GAP, (int64_t)next, NULL, "%llu bytes after the last tensor belong to nothing", (unsigned long long)(f->n - next));
 }
 
+/* One walk, done twice: first to count (f->t NULL), then to fill memory that is exactly large enough. */
 static int st_header(st_reader *r, ap_err *e) {
     ap_jkind kind;
     int metadata = 0;
@@ -215,7 +216,19 @@ static int st_header(st_reader *r, ap_err *e) {
         if (kind == AP_J_OBJ_END) break;
         AP_TRY(st_entry(r, &metadata, e));
     }
-    if (r->f->nt) qsort(r->f->t, (size_t)r->f->nt, sizeof *r->f->t, st_by_place);
+    return AP_OK;
+}
+
+static int st_tensors(st_reader *r, ap_err *e) {
+    st_reader again = *r;
+    ap_file *f = r->f;
+    AP_TRY(st_header(r, e));
+    f->text_n = 0;
+    f->t = ap_alloc((uint64_t)r->n, sizeof *f->t);
+    if (!f->t) return st_memory(e);
+    AP_TRY(st_header(&again, e));
+    f->nt = again.n;
+    if (f->nt) qsort(f->t, (size_t)f->nt, sizeof *f->t, st_by_place);
     return AP_OK;
 }
 
@@ -335,7 +348,7 @@ int ap_safetensors_parse(ap_file *f, ap_err *e) {
     AP_TRY(st_frame(&r, e));
     AP_TRY(st_config(f, e));
     if (!(f->text = ap_alloc(r.j.n, 1))) return st_memory(e);
-    AP_TRY(st_header(&r, e));
+    AP_TRY(st_tensors(&r, e));
     AP_TRY(ap_file_index(f, e));
     return st_cover(&r, e);
 }

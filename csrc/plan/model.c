@@ -62,6 +62,7 @@ static int mdl_int(const ap_kv *kv, const char *name, int64_t max, int *out, ap_
     if (kv->kind == AP_V_INT && kv->v.i >= 0 && kv->v.i <= max) { *out = (int)kv->v.i; return AP_OK; }
     if (kv->kind != AP_V_INT && kv->kind != AP_V_UINT)
         return ap_fail_at(e, kv->raw_type || kv->kind == AP_V_ARR ? AP_KV_TYPE : AP_CONFIG, -1, name, "%s must be a whole number", name);
+    if (kv->kind == AP_V_UINT) return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %llu is outside 0..%lld", name, (unsigned long long)kv->v.u, (long long)max);
     return ap_fail_at(e, AP_CONFIG, -1, name, "%s = %lld is outside 0..%lld", name, (long long)kv->v.i, (long long)max);
 }
 
@@ -352,6 +353,8 @@ static int mdl_bind(ap_model *m, ap_err *e) {
     AP_TRY(mdl_keys(m, e));
     AP_TRY(mdl_tokens(m, e));
     mdl_options(m);
+    if (m->h.layers > m->file->nt)              /* before memory is taken for them */
+        return ap_fail_at(e, AP_MISSING, -1, "layers", "%d layers are declared, the file has %d tensors in all", m->h.layers, m->file->nt);
     m->w = ap_alloc((uint64_t)(m->h.layers + 1) * AP_W_N, sizeof *m->w);
     char *used = ap_alloc((uint64_t)m->file->nt + 1, 1);
     int rc = m->w && used ? mdl_weights(m, used, e) : ap_fail(e, AP_MEMORY, "no memory for %d layers of weights", m->h.layers);

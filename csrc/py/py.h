@@ -1,7 +1,8 @@
 /*
 ** py.h: what the files of the binding share.  This floor knows Python and NumPy, holds no arithmetic and parses nothing: it checks arguments with the GIL
 ** held, calls the core without it, and wraps what comes back.  module.c assembles; tables.c, errors.c, file.c, quant.c, model.c and run.c are one type or idea
-** each.
+** held, calls the core without it, and wraps what comes back.  module.c assembles; tables.c, errors.c, file.c, quant.c, aprt.c, model.c and run.c are one type
+** or idea each.
 */
 #ifndef AP_PY_H
 #define AP_PY_H
@@ -31,6 +32,8 @@ PyObject *ap_key_new(int stage, int layer);
 PyObject *ap_view(PyObject *owner, const void *p, int type, int nd, const npy_intp *dim); /* read-only array over memory that owner keeps alive */
 PyObject *ap_encode(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_dequantize(PyObject *module, PyObject *args);
+
+PyObject *ap_read_aprt(PyObject *module, PyObject *path);
 
 extern PyType_Spec ap_file_spec, ap_model_spec, ap_run_spec;
 extern PyStructSequence_Desc ap_tensor_info_desc, ap_weight_info_desc;

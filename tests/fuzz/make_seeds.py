@@ -294,8 +294,8 @@ def apr_seeds() -> dict[str, bytes]:
 
 #: As in target_folder.c.
 NAMES = (
-    "model.safetensors", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-    "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m.apr", "m.bin", "red", "b0", "b1", ".",
+    "model.safetensors", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m.apr", "m.bin", "red", "b0", "b1", ".",
 )  # fmt: skip
 REGULAR, FOLDER, PIPE, LINK = range(4)
 
@@ -307,8 +307,9 @@ def folder(opened: str, entries: Iterable[tuple[str, int, bytes]]) -> bytes:
 
 def folder_seeds() -> dict[str, bytes]:
     layer = {
-        "input_layernorm": [4], "self_attn.q_proj": [4, 4], "self_attn.k_proj": [2, 4], "self_attn.v_proj": [2, 4], "self_attn.o_proj": [4, 4],
-        "post_attention_layernorm": [4], "mlp.gate_proj": [6, 4], "mlp.up_proj": [6, 4], "mlp.down_proj": [4, 6],
+        "input_layernorm": [4], "self_attn.q_proj": [4, 4], "self_attn.k_proj": [2, 4], "self_attn.v_proj": [2, 4],
+        "self_attn.o_proj": [4, 4], "post_attention_layernorm": [4], "mlp.gate_proj": [6, 4], "mlp.up_proj": [6, 4],
+        "mlp.down_proj": [4, 6],
     }  # fmt: skip
     shapes = {"model.embed_tokens": [5, 4], "model.norm": [4]} | {f"model.layers.0.{name}": shape for name, shape in layer.items()}
     rows = [(f"{name}.weight", "F32", shape) for name, shape in shapes.items()]

@@ -25,6 +25,7 @@ void __sanitizer_set_death_callback(void (*callback)(void)) __attribute__((weak)
 
 static void drv_keep(void) {
     char path[4096];
+    if (!drv_now) return;
     snprintf(path, sizeof path, "%scrash-%08x", drv_prefix, mut_crc32(0, drv_now, drv_now_n));
     FILE *out = fopen(path, "wb");
     if (!out) return;
@@ -88,6 +89,7 @@ static void drv_try(const uint8_t *p, size_t n) {
     if (n) memcpy(drv_now, p, n);
     LLVMFuzzerTestOneInput(drv_now, n);
     free(drv_now);
+    drv_now = NULL;
 }
 
 int main(int argc, char **argv) {
@@ -112,6 +114,7 @@ int main(int argc, char **argv) {
         if (!(done & 15)) alarm(5);
         drv_try(p, n);
     }
+    free(p);
     printf("Done %ld runs in %ld second(s)\n", done, seconds);
     return 0;
 }

@@ -8,6 +8,7 @@ when a target does not build.  ``make fuzz``, ``make fuzz-coverage`` and a perso
     python scripts/fuzz.py coverage [--missing]          # branches of the parsers that seeds and corpus reach (clang, llvm-cov)
     python scripts/fuzz.py merge                         # what the corpus reaches and the seeds do not, into the seeds (clang)
     python scripts/fuzz.py seeds                         # write the named seeds again
+    python scripts/fuzz.py compiler                      # which compiler is used; exit code 2 when it has no libFuzzer
 
 Exit code 0: nothing broke; 1: something did (the input is named); 2: it cannot be built.
 """
@@ -74,11 +75,11 @@ def compiles(command: str, *arguments: str, text: str | None = None) -> bool:
 
 
 def compiler() -> Compiler:
-    """The newest clang that has libFuzzer and can compile the core (19 is the first), else gcc."""
+    """The newest clang that has libFuzzer and can compile the core, else gcc."""
     empty = (
         "#include <stddef.h>\n#include <stdint.h>\nint LLVMFuzzerTestOneInput(const uint8_t *p, size_t n) { return p == 0 && n == 1; }\n"
     )
-    for command in ("clang", *(f"clang-{version}" for version in range(30, 18, -1))):
+    for command in ("clang", *(f"clang-{version}" for version in range(30, 10, -1))):
         core = compiles(command, "-fsyntax-only", "-std=c11", str(ROOT / "csrc" / "base" / "tiers.c"))
         if core and compiles(command, "-fsanitize=fuzzer,address,undefined", text=empty):
             return Compiler(command, True)
@@ -268,7 +269,7 @@ def missing(entry: dict[str, Any]) -> list[str]:
 def coverage(show_missing: bool) -> int:
     cc = compiler()
     if not cc.libfuzzer:
-        raise CannotBuildError("coverage is measured with clang: install clang-19 and llvm-19")
+        raise CannotBuildError("coverage is measured with clang: install clang and llvm")
     total = [0, 0]
     for entry in measure(cc)["files"]:
         name = str(Path(entry["filename"]).relative_to(ROOT))
@@ -299,7 +300,7 @@ def merge() -> int:
     """Adds to the named seeds the fewest corpus files that reach every edge the corpus reaches."""
     cc, folder = fuzzers()
     if not cc.libfuzzer:
-        raise CannotBuildError("merging needs libFuzzer: install clang-19 and libclang-rt-19-dev")
+        raise CannotBuildError("merging needs libFuzzer: install clang and libclang-rt-dev")
     for target in targets():
         seeds, keep = HERE / "seeds" / target, named(target)
         with tempfile.TemporaryDirectory() as temporary:
@@ -333,6 +334,7 @@ def main() -> int:
     running.add_argument("--target", action="append", choices=list(TARGETS))
     running.add_argument("--record", type=Path)
     commands.add_parser("coverage").add_argument("--missing", action="store_true")
+    commands.add_parser("compiler")
     commands.add_parser("merge")
     commands.add_parser("seeds")
     given = parser.parse_args()
@@ -343,6 +345,10 @@ def main() -> int:
             return coverage(given.missing)
         if given.command == "merge":
             return merge()
+        if given.command == "compiler":
+            found = compiler()
+            print(found.version)
+            return 0 if found.libfuzzer else 2
         return subprocess.run([sys.executable, str(HERE / "make_seeds.py")], check=True).returncode
     except CannotBuildError as problem:
         print(problem, file=sys.stderr)

@@ -13,7 +13,7 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,13 @@ def bind_seeds() -> dict[str, bytes]:
         "llama-q8_0": model_gguf("llama", 8, **blocks, tied=True),
         "qwen2-q4_0": model_gguf("qwen2", 2, **blocks, tied=True),
     }
-    return made | {"apr-llama": model_apr("llama"), "apr-qwen2": model_apr("qwen2")}
+    neighbours, names, twice = (
+        model_apr("llama", rope_type=0),
+        model_apr("llama", spelled=gguf_spelled),
+        model_apr("llama", n_layer=1, d_model=8),
+    )
+    spelled = {"apr-llama": model_apr("llama"), "apr-qwen2": model_apr("qwen2"), "apr-neighbours": neighbours}
+    return made | spelled | {"apr-gguf-names": names, "apr-contradiction": twice}
 
 
 # ---- safetensors and config.json ------------------------------------------------------------------
@@ -163,13 +169,14 @@ def safetensors(tensors: Iterable[tuple[str, str, list[int]]], metadata: dict[st
 
 def safetensors_seeds() -> dict[str, bytes]:
     two = [("a", "F32", [2, 3]), ("b", "F32", [4])]
+    escaped = rb'{"\u0061\ud83d\ude00":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}'
     return {
         "basic": safetensors(two),
         "metadata-padded": safetensors(two, {"format": "pt", "\u00e9": "\U0001f600", 'q"\\': "\n"}, pad=5),
         "dtypes": safetensors([(f"t.{dtype}", dtype, [2, 2]) for dtype in WIDTHS]),
         "ranks": safetensors([("scalar", "F32", []), ("none", "F16", [0]), ("none2", "I8", [3, 0]), ("eight", "U8", [1] * 8)]),
         "empty": safetensors([]),
-        "escapes": struct.pack("<Q", 61) + rb'{"\u0061\ud83d\ude00":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}'[:61].ljust(61) + b"\0",
+        "escapes": struct.pack("<Q", len(escaped)) + escaped + b"\0",
     }
 
 
@@ -251,7 +258,19 @@ def apr(metadata: dict[str, Any], tensors: Iterable[tuple[str, list[int], int]],
     return image + struct.pack("<I", zlib.crc32(image))
 
 
-def model_apr(arch: str) -> bytes:
+def gguf_spelled(name: str) -> str:
+    """As writers that kept GGUF's names have it."""
+    parts = {
+        "model.embed_tokens.": "token_embd.", "lm_head.": "output.", "model.norm.": "output_norm.", "model.layers.": "blk.",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+        "self_attn.": "attn_", "mlp.": "ffn_", "_proj": "",
+    }  # fmt: skip
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
+
+
+def model_apr(arch: str, spelled: Callable[[str], str] = str, **more: Any) -> bytes:
     """The model of target_config.c."""
     metadata = {
         "model_type": arch, "architecture": arch, "hidden_size": 4, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 5,
@@ -267,7 +286,7 @@ def model_apr(arch: str) -> bytes:
     tensors += [(f"{at}{name}.weight", dims, kind) for name, (dims, kind) in shapes.items()]
     if arch == "qwen2":
         tensors += [(f"{at}self_attn.{part}_proj.bias", [rows], 0) for part, rows in (("q", 4), ("k", 2), ("v", 2))]
-    return apr(metadata, tensors)
+    return apr(metadata | more, [(spelled(name), dims, kind) for name, dims, kind in tensors])
 
 
 def apr_seeds() -> dict[str, bytes]:
@@ -286,6 +305,9 @@ def apr_seeds() -> dict[str, bytes]:
         "ranks": apr({}, [("eight", [1] * 8, 0), ("none", [0, 3], 1), ("scalar", [], 0)]),
         "empty": apr({}, []),
         "flags-0": apr({"architecture": "qwen2"}, two, flags=0),
+        "shard": apr({"sharding": {"shard_count": 2, "shard_index": 1, "pattern": "m-{}.apr"}}, two),
+        "shard-alone": apr({"sharding": {"shard_count": 1, "shard_index": 0, "pattern": None}}, two),
+        "shard-beyond": apr({"sharding": {"shard_count": 2, "shard_index": 2, "pattern": "../m"}}, two),
         "llama": model_apr("llama"),
     }
 
@@ -327,6 +349,8 @@ def folder_seeds() -> dict[str, bytes]:
         "hub": folder(".", [listed, config, parts[0], (NAMES[4], LINK, b"\1"), ("b1", REGULAR, parts[1][2])]),
         "split": folder(NAMES[5], halves),
         "apr": folder("m.apr", [("m.apr", REGULAR, model_apr("llama"))]),
+        "trace": bytes([NAMES.index("m.bin") + 13 * 10]) + folder(".", [("m.bin", REGULAR, aprt_seeds()["basic"])])[1:],
+        "dots": folder(".", [(NAMES[2], REGULAR, b'{"weight_map":{"a":"..","b":"."}}')]),
         "pipe": folder(".", [(NAMES[0], PIPE, b""), config]),
         "nothing": folder(".", [("m.bin", REGULAR, b"version https://git-lfs.github.com/spec/v1")]),
     }
@@ -336,7 +360,13 @@ def aprt_seeds() -> dict[str, bytes]:
     def aprt(layer: int, words: list[int]) -> bytes:
         return b"APRT" + struct.pack(f"<II{len(words)}I", layer, len(words), *words)
 
-    return {"basic": aprt(0, [0x3F800000] * 4), "empty": aprt(3, []), "whole": aprt(0xFFFFFFFF, [0x7FC00000, 0x7F800001, 0xFF800000, 1])}
+    turned = b"APRT" + struct.pack(">II4I", 0, 4, 1, 2, 3, 4)
+    return {
+        "big-endian": turned,
+        "basic": aprt(0, [0x3F800000] * 4),
+        "empty": aprt(3, []),
+        "whole": aprt(0xFFFFFFFF, [0x7FC00000, 0x7F800001, 0xFF800000, 1]),
+    }
 
 
 TARGETS = {

@@ -92,7 +92,8 @@ static const char *const mut_words[] = {
 #define F(name, gguf, st, ...) st,
 #include "../../csrc/quant/formats.def"
     "general.architecture", "general.alignment", "tokenizer.ggml.tokens", "__metadata__", "dtype", "shape", "data_offsets", "config.json", "silu", "default",
-    "full_attention", "sliding_attention", "a", "weight_map", "split.no", "split.count", "split.tensors.count", "sharding.shard_count", "F4", "F6_E2M3", "F8_E4M3FN", "rope_parameters", "rope_theta",
+    "full_attention", "sliding_attention", "a", "weight_map", "split.no", "split.count", "split.tensors.count", "sharding", "shard_count", "shard_index", "pattern",
+    ".", "..", "a/b", "a\\\\b", "F4", "F6_E2M3", "F8_E4M3FN", "rope_parameters", "rope_theta",
 };
 
 /* One of the spellings of a row; "%s" becomes an architecture, "%d" a layer, a trailing * some rest. */

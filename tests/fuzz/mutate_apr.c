@@ -14,6 +14,7 @@ typedef struct {
     ap_entry t[ENTRIES]; size_t nt;
     uint8_t *data; size_t data_n;
     size_t pad;                                 /* bytes too many between the parts */
+    size_t cut;                                 /* bytes that the index lacks */
     int wrong;                                  /* bits: header CRC, footer CRC, no footer */
     uint64_t count_more;
     struct { int at, bytes; uint64_t v; } set;  /* a header field that is written over at the end; bytes 0: none */
@@ -80,7 +81,8 @@ static size_t apr_together(apr_image *f, uint8_t *p, size_t room) {
     apr_pad(&o, f->pad);
     apr_set(made, 24, o.n, 8);
     for (size_t i = 0; i < f->nt; i++) apr_put_entry(&o, &f->t[i]);
-    apr_pad(&o, f->pad);
+    if (f->cut) o.n -= f->cut < o.n - (size_t)mut_read(made + 24, 8) ? f->cut : 0;
+    if (!f->cut) apr_pad(&o, f->pad);
     apr_set(made, 32, o.n, 8);
     mut_put(&o, f->data, f->data_n);
     if (f->set.bytes) apr_set(made, f->set.at, f->set.v, f->set.bytes);
@@ -187,7 +189,8 @@ static void apr_header(mut_rng *r, apr_image *f, size_t left) {
     static const struct { int at, bytes; } field[] = { { 6, 2 }, { 8, 4 }, { 12, 8 }, { 20, 4 }, { 24, 8 }, { 32, 8 }, { 44, 8 }, { 60, 4 } };
     static const char *const magic[] = { "APR1", "APRN", "APR2", "GGUF" };
     size_t k = mut_below(r, 8);
-    switch (mut_below(r, 6)) {
+    switch (mut_below(r, 7)) {
+    case 5: f->cut = 1 + mut_below(r, 60); break;
     case 0: memcpy(f->head, magic[mut_below(r, 4)], 4); break;
     case 1: f->head[4 + mut_below(r, 2)] = (uint8_t)mut_below(r, 5); break;
     case 2: apr_set(f->head, 6, (uint64_t)1 << mut_below(r, 16), 2); break;

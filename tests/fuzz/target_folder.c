@@ -12,13 +12,15 @@
 #include <unistd.h>
 #include "mutate.h"
 #include "use.h"
+#include "../../csrc/file/aprt.h"
 
-enum { ENTRIES = 8, HEAD = 4, NAMES = 12, LINKS = 8 };
+enum { ENTRIES = 8, HEAD = 4, NAMES = 12, LINKS = 10 };
 static const char *const folder_name[NAMES] = {
     "model.safetensors", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m.apr", "m.bin", "\x1b[31mred", "../../blobs/b0", "../../blobs/b1",
 };
-static const char *const folder_link[LINKS] = { "../../blobs/b0", "../../blobs/b1", "../../blobs/../x", "model.safetensors", "nothing", "/dev/zero", ".", "m.bin" };
+enum { AS_TRACE = 128 };                        /* added to the choice: it is read as an APRT file */
+static const char *const folder_link[LINKS] = { "../../blobs/b0", "../../blobs/b1", "../../blobs/../x", "model.safetensors", "nothing", "/dev/zero", ".", "m.bin", "../../blobs/.b", "../../blobs/" };
 typedef enum { REGULAR, FOLDER, PIPE, LINK, KINDS } folder_kind;
 typedef struct { uint8_t name, kind; const uint8_t *p; size_t n; } folder_entry;
 typedef struct { uint8_t open; folder_entry e[ENTRIES]; int n; } folder_tree;
@@ -99,6 +101,12 @@ static int folder_use(const check_input *in, ap_err *e) {
     ap_file *f;
     if (in->p[0] % (NAMES + 1) == NAMES) snprintf(path, sizeof path, "%s", folder_path);
     else folder_of(path, in->p[0] % (NAMES + 1));
+    if (in->p[0] >= AS_TRACE) {
+        ap_aprt a = { .v = NULL };
+        AP_TRY(ap_aprt_read(&a, path, e));
+        ap_free(a.memory);
+        return AP_OK;
+    }
     AP_TRY(ap_file_open(&f, path, e));
     check_file(f);
     int rc = use_file(f, e);
@@ -139,7 +147,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *p, size_t n, size_t room, unsigned seed)
     if (!t.n) return LLVMFuzzerMutate(p, n, room);
     folder_entry *e = &t.e[mut_below(&r, (size_t)t.n)];
     switch (mut_below(&r, 12)) {
-    case 0: t.open = (uint8_t)mut_below(&r, NAMES + 1); break;
+    case 0: t.open = (uint8_t)mut_next(&r); break;
     case 1: e->name = (uint8_t)mut_below(&r, NAMES); break;
     case 2: e->kind = (uint8_t)(mut_chance(&r, 50) ? REGULAR : mut_below(&r, KINDS)); break;
     case 3: *e = t.e[--t.n]; break;

@@ -6,6 +6,7 @@ when a target does not build.  ``make fuzz``, ``make fuzz-coverage`` and a perso
     python scripts/fuzz.py run --seconds 60              # all targets, evenly; first every allocation of every seed fails once
     python scripts/fuzz.py run --target gguf --seconds 600 --record evidence/fuzz/runs.jsonl
     python scripts/fuzz.py coverage [--missing]          # branches of the parsers that seeds and corpus reach (clang, llvm-cov)
+    python scripts/fuzz.py prove                         # faults planted in copies of the core: does a fuzzer find each of them?
     python scripts/fuzz.py merge                         # what the corpus reaches and the seeds do not, into the seeds (clang)
     python scripts/fuzz.py seeds                         # write the named seeds again
     python scripts/fuzz.py compiler                      # which compiler is used; exit code 2 when it has no libFuzzer
@@ -222,6 +223,84 @@ def run(wanted: list[str], seconds: int, to: Path | None) -> int:
     return int(broken)
 
 
+# ---- planted faults --------------------------------------------------------------------------------
+
+#: What a fuzzer must find, each in a copy of the core: file, right text, wrong text, the target that finds it.
+PLANTED = (
+    ("base/cursor.c", "    if (n > ap_left(c)) return 0;\n    *out", "    *out", "gguf"),
+    ("base/err.c", "c >= 0x20 && c < 0x7f", "c >= 0x18", "gguf"),
+    ("file/gguf.c", "count > ap_left(c) / least", "count * least > ap_left(c)", "gguf"),
+    (
+        "file/gguf.c",
+        'if (type >= GGUF_TYPES) return ap_fail_at(e, AP_TYPE, at, NULL, "a value',
+        'if (0) return ap_fail_at(e, AP_TYPE, at, NULL, "a value',
+        "gguf",
+    ),
+    ("file/gguf.c", "!ap_add_ok(t->offset, t->bytes, &end) || end > room", "(end = t->offset + t->bytes) > room + 1", "gguf"),
+    ("file/file.c", "if (!file_order(file_name(&r, order[i - 1]), file_name(&r, order[i]))) return i;", "{}", "gguf"),
+    ("file/file.c", "s.n > max", "s.n > max + 9", "safetensors"),
+    ("file/safetensors.c", "if (v[i] > INT64_MAX)", "if (0)", "safetensors"),
+    ("file/safetensors.c", "if (t->offset < next) return", "if (0) return", "safetensors"),
+    ("base/json.c", "j->depth == AP_JSON_DEPTH", "j->depth == AP_JSON_DEPTH + 1", "json"),
+    ("base/json.c", "if (n < 6 || !json_hex4", "if (!json_hex4", "json"),
+    ("file/pairs.c", "c->text += n + (kind == AP_J_STR ? span.n : 0); return", "c->text += n; return", "config"),
+    ("file/apr.c", "rank > AP_MAX_DIMS || rank > 8", "rank > 9", "apr"),
+    ("file/apr.c", "    ap_free(order);\n    return rc;", "    if (!rc) ap_free(order);\n    return rc;", "apr"),
+    ("file/aprt.c", "left < want", "left + 4 < want", "aprt"),
+    ("plan/model.c", "h->theta >= 1 &&", "h->theta > 0 &&", "bind"),
+    ("plan/model.c", "t->dim[0] != want[0] || ", "", "bind"),
+)
+
+
+def plant(cc: Compiler, healthy: Path, number: int) -> Path:
+    """A target over the core with one fault; only the file that holds it is compiled again."""
+    name, right, wrong, target = PLANTED[number]
+    folder = BUILD / "planted" / str(number)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (folder / "csrc" / name).read_text()
+    if text.count(right) != 1:
+        raise CannotBuildError(f"csrc/{name} holds {text.count(right)} times: {right}")
+    (folder / "csrc" / name).write_text(text.replace(right, wrong))
+    broken = folder / "broken.o"
+    flags = [*FLAGS, *SANITIZE, "-Wno-error", "-w"]
+    call([cc.command, *flags, "-fsanitize=fuzzer-no-link", "-c", str(folder / "csrc" / name), "-o", str(broken)])
+    others = [str(path) for path in healthy.glob("*.o") if path.name != f"csrc_{name.replace('/', '_')}.o"]
+    call(
+        [cc.command, *flags, "-fsanitize=fuzzer", str(HERE / f"target_{target}.c"), str(broken), *others, "-lm", "-o", str(folder / target)]
+    )
+    return folder / target
+
+
+def prove(seconds: int, to: Path | None) -> int:
+    """Each planted fault must be found from the seeds alone."""
+    cc, healthy = fuzzers()
+    if not cc.libfuzzer:
+        raise CannotBuildError("planted faults are searched for with libFuzzer: install clang and libclang-rt-dev")
+    missed, rows = 0, []
+    for number, (name, right, wrong, target) in enumerate(PLANTED):
+        binary = plant(cc, healthy, number)
+        limits = [
+            f"-max_total_time={seconds}",
+            f"-max_len={TARGETS[target]}",
+            "-timeout=5",
+            "-seed=1",
+            f"-artifact_prefix={binary.parent}/",
+        ]
+        (binary.parent / "corpus").mkdir()
+        arguments = [str(binary), *limits, str(binary.parent / "corpus"), str(HERE / "seeds" / target)]
+        done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, errors="replace", check=False)
+        tried = [int(count) for count in re.findall(r"^#(\d+)", done.stderr, flags=re.MULTILINE)]
+        how = re.search(r"broken promise: .*|runtime error: .*|ERROR: AddressSanitizer: [\w-]+|ERROR: libFuzzer: .*", done.stderr)
+        missed += not done.returncode
+        rows.append({"file": name, "right": right, "wrong": wrong, "target": target, "found": bool(done.returncode),
+                     "after": max(tried, default=0), "how": how[0][:160] if how else None})  # fmt: skip
+        print(f"{target:12} {name:20} {'found' if done.returncode else 'MISSED':7} {rows[-1]['how']}", flush=True)
+    if to:
+        to.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(missed > 0)
+
+
 # ---- coverage --------------------------------------------------------------------------------------
 
 
@@ -335,6 +414,9 @@ def main() -> int:
     running.add_argument("--record", type=Path)
     commands.add_parser("coverage").add_argument("--missing", action="store_true")
     commands.add_parser("compiler")
+    proving = commands.add_parser("prove")
+    proving.add_argument("--seconds", type=int, default=60, help="for each fault, at most")
+    proving.add_argument("--record", type=Path)
     commands.add_parser("merge")
     commands.add_parser("seeds")
     given = parser.parse_args()
@@ -345,6 +427,8 @@ def main() -> int:
             return coverage(given.missing)
         if given.command == "merge":
             return merge()
+        if given.command == "prove":
+            return prove(given.seconds, given.record)
         if given.command == "compiler":
             found = compiler()
             print(found.version)

@@ -89,17 +89,21 @@ const ap_container *check_container(const char *name) {
     return NULL;
 }
 
-/* The file is copied once; what the index may take beside it is CHECK_RATIO bytes per byte, and 1 MiB. */
-#ifndef CHECK_RATIO
-#define CHECK_RATIO 4
-#endif
+/* Beside one copy of the file, memory is a fixed multiple of the bytes that were read, never of a number that they declare.  A GGUF entry of at least 14
+** (25) bytes becomes a row of 64 (128).  In JSON a member takes 6 bytes, and its row, with the dotted key that it stands for, over 300. */
+static uint64_t check_may(const check_input *in) {
+    enum { FIXED = 32 << 10, GGUF_RATIO = 6, JSON_RATIO = 60 };
+    uint64_t n = in->n + in->config_n, ratio = in->kind && !strcmp(in->kind->name, "gguf") ? GGUF_RATIO : JSON_RATIO;
+    return n + ratio * n + FIXED;
+}
+
 int check_open(ap_file **f, const check_input *in, ap_err *e) {
-    uint64_t live = ap_mem_live(), n = in->n + in->config_n;
+    uint64_t live = ap_mem_live();
     check_peak = live;
     *f = (ap_file *)(void *)f;                  /* anything but NULL: a failed open must clear it */
     int rc = ap_file_open_bytes(f, in->p, in->n, in->kind, in->config, in->config_n, e);
-    uint64_t peak = check_peak - live, may = n + CHECK_RATIO * n + (1u << 20);
-    CHECK(peak <= may, "%llu bytes of memory to open %llu bytes, at most %llu are promised", (unsigned long long)peak, (unsigned long long)n, (unsigned long long)may);
+    uint64_t peak = check_peak - live, may = check_may(in);
+    CHECK(peak <= may, "%llu bytes of memory to open %zu + %zu bytes, at most %llu are promised", (unsigned long long)peak, in->n, in->config_n, (unsigned long long)may);
     CHECK(!rc == (*f != NULL), "returned %d and %s file", rc, *f ? "a" : "no");
     return rc;
 }
@@ -157,6 +161,7 @@ static void check_tensor(const ap_file *whole, const ap_tensor *t) {
     CHECK(t->part >= 0 && t->part <= whole->nshard, "part %d of %d", t->part, whole->nshard);
     const ap_file *f = t->part ? whole->shard[t->part - 1] : whole;
     check_name(f, t->name, "tensor name");
+    CHECK(t->name.n <= 256, "a tensor name of %llu bytes", (unsigned long long)t->name.n);
     CHECK(t->fmt && t->nd >= 0 && t->nd <= AP_MAX_DIMS, "a tensor of no format or %d dimensions", t->nd);
     for (int i = 0; i < t->nd; i++) CHECK(t->dim[i] >= 0, "a dimension of %lld", (long long)t->dim[i]);
     CHECK(check_within(t->data, t->bytes, f->p, f->n) || !t->bytes, "the data of a tensor are outside the file");
@@ -167,7 +172,11 @@ static void check_tensor(const ap_file *whole, const ap_tensor *t) {
 
 /* Elements of an array: the index says that they can be walked without a look at the end. */
 static void check_array(const ap_file *f, const ap_kv *kv) {
+    static const uint8_t width[13] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
     uint64_t at = 0;
+    CHECK(kv->raw_type < sizeof width, "elements of type %u", (unsigned)kv->raw_type);
+    unsigned bytes = width[kv->raw_type];
+    if (bytes) CHECK(kv->s.n % bytes == 0 && kv->s.n / bytes == kv->n, "%llu elements of %u bytes in %llu", (unsigned long long)kv->n, bytes, (unsigned long long)kv->s.n);
     if (kv->elem != AP_V_STR || !kv->n) return;
     for (uint64_t i = 0; i < kv->n; i++) {
         uint64_t n;

@@ -15,7 +15,7 @@ PEER := $(VENV)/npm/node_modules/@node-llama-cpp/linux-x64
 PEER_VERSION := 3.22.1
 SANITIZED := build/sanitized
 
-.PHONY: demo build test pytest lint sanitize evidence notebook clean
+.PHONY: demo build test pytest lint sanitize fuzz fuzz-coverage evidence notebook clean
 
 demo: build  ## judge the embedded model
 	$(BIN)/python -m aprender.bisect
@@ -76,6 +76,17 @@ sanitize: $(VENV)/.tested  ## the core under AddressSanitizer and UndefinedBehav
 	cd $(SANITIZED) && APRENDER_WERROR=1 APRENDER_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -c "from aprender import _core; assert 'sanitized' in _core.__file__, _core.__file__"
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' $(SANITIZED_TESTS) || { cat report.* 2>/dev/null; exit 1; }
+
+# ---- fuzzing -----------------------------------------------------------------
+
+# Needs a compiler and Python, nothing of .venv: libFuzzer where a clang of 19 or later has it, tests/fuzz/driver.c with gcc elsewhere.
+SECONDS ?= 60
+TARGETS ?=
+fuzz:  ## SECONDS of fuzzing over all parsers, or over TARGETS
+	$(PYTHON) scripts/fuzz.py run --seconds $(SECONDS) $(addprefix --target ,$(TARGETS))
+
+fuzz-coverage:  ## branches of the parsers that the fuzzers reach
+	$(PYTHON) scripts/fuzz.py coverage
 
 # ---- records -----------------------------------------------------------------
 

@@ -189,10 +189,11 @@ static int file_shard_fails(int rc, ap_str name, ap_err *e) {
 }
 
 int ap_file_open_shard(ap_file *f, ap_str name, ap_err *e) {
-    char plain[256];
+    char plain[256], shown[132];
     AP_TRY(ap_file_plain_name(name, -1, e));
+    ap_show(shown, name.p, name.n);
     snprintf(plain, sizeof plain, "%.*s", (int)name.n, name.p);
-    if (!f->path) return ap_fail_at(e, AP_MISSING, -1, plain, "a model in several files cannot be read from memory: '%.100s' is missing", plain);
+    if (!f->path) return ap_fail_at(e, AP_MISSING, -1, shown, "a model in several files cannot be read from memory: '%s' is missing", shown);
     ap_file *s = ap_alloc(1, sizeof *s), **more = ap_grow(f->shard, (uint64_t)f->nshard, (uint64_t)f->nshard + 1, sizeof *more);
     if (more) f->shard = more;
     if (!s || !more) { ap_free(s); return ap_no_memory(sizeof *s, e); }

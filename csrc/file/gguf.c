@@ -327,7 +327,7 @@ static int gguf_split_stem(const ap_file *f, uint64_t count, char stem[256], ap_
 }
 
 static int gguf_open_part(ap_file *f, const char *stem, uint64_t i, uint64_t count, ap_err *e) {
-    char name[300];
+    char name[300], shown[132];
     uint64_t no, of;
     int n = snprintf(name, sizeof name, "%s-%05llu-of-%05llu.gguf", stem, (unsigned long long)i + 1, (unsigned long long)count);
     AP_TRY(ap_file_open_shard(f, (ap_str){ name, (uint64_t)n }, e));
@@ -335,7 +335,7 @@ static int gguf_open_part(ap_file *f, const char *stem, uint64_t i, uint64_t cou
     AP_TRY(gguf_split_number(s, "split.no", &no, e));
     AP_TRY(gguf_split_number(s, "split.count", &of, e));
     if (no == i && of == count) return AP_OK;
-    return ap_fail_at(e, AP_CONFIG, -1, "split.no", "'%.120s' says that it is part %llu of %llu (counted from 0), part %llu of %llu was expected", name,
+    return ap_fail_at(e, AP_CONFIG, -1, "split.no", "'%s' says that it is part %llu of %llu (counted from 0), part %llu of %llu was expected", ap_show(shown, name, (size_t)n),
                       (unsigned long long)no, (unsigned long long)of, (unsigned long long)i, (unsigned long long)count);
 }
 

@@ -301,15 +301,16 @@ static int st_open_shards(ap_file *f, const st_map *m, ap_err *e) {
 
 /* Each tensor lies in the shard that the map names, and the shards hold no other. */
 static int st_map_agrees(const ap_file *f, const st_map *m, ap_err *e) {
-    char name[132];
+    char name[132], file[132];
     int shard = -1;
     for (int i = 0; i < m->n; i++) {
         shard += !i || st_by_shard(&m->place[i - 1], &m->place[i]);
         const ap_tensor *t = ap_file_tensor(f, m->place[i].tensor);
         ap_show(name, m->place[i].tensor.p, m->place[i].tensor.n);
-        if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', no shard holds it", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+        ap_show(file, m->place[i].shard.p, m->place[i].shard.n);
+        if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%s', no shard holds it", name, file);
         if (t->part != shard + 1)
-            return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', it lies in another shard", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+            return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%s', it lies in another shard", name, file);
     }
     if (f->nt == m->n) return AP_OK;
     return ap_fail_at(e, AP_COUNT, -1, "weight_map", "the index places %d tensors, its shards hold %d", m->n, f->nt);
@@ -318,12 +319,13 @@ static int st_map_agrees(const ap_file *f, const st_map *m, ap_err *e) {
 static int st_parse_index(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
     st_map m = { NULL, 0, 0 };
+    char name[132];
     int *order = NULL, rc, twice = 0;
     if (!(f->text = ap_alloc(f->n, 1))) return st_memory(e);
     rc = st_map_read(r, &m, e);
     if (!rc && !(order = ap_alloc((uint64_t)m.n, sizeof *order))) rc = st_memory(e);
     if (!rc && (twice = ap_file_twice(m.place, m.n, sizeof *m.place, order)))
-        rc = ap_fail_at(e, AP_DUPLICATE, -1, "weight_map", "weight_map has the tensor '%.*s' twice", (int)m.place[order[twice]].tensor.n, m.place[order[twice]].tensor.p);
+        rc = ap_fail_at(e, AP_DUPLICATE, -1, "weight_map", "weight_map has the tensor '%s' twice", ap_show(name, m.place[order[twice]].tensor.p, m.place[order[twice]].tensor.n));
     if (!rc && m.n) qsort(m.place, (size_t)m.n, sizeof *m.place, st_by_shard);
     if (!rc) rc = st_open_shards(f, &m, e);
     if (!rc) rc = st_map_agrees(f, &m, e);

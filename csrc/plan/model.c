@@ -146,7 +146,7 @@ static int mdl_range(const ap_model *m, ap_err *e) {
     if (h->head % 2) return ap_fail_at(e, AP_CONFIG, -1, "head size", "head size %d is odd: RoPE needs pairs", h->head);
     if ((int64_t)h->heads * h->head > AP_MAX_WIDTH) return ap_fail_at(e, AP_CONFIG, -1, "heads", "%d heads of %d are wider than %d", h->heads, h->head, AP_MAX_WIDTH);
     if (!(h->eps >= 0 && h->eps <= 1)) return ap_fail_at(e, AP_CONFIG, -1, "eps", "RMSNorm eps = %g is outside 0..1", h->eps);
-    if (!(h->theta > 0 && h->theta <= 1e12)) return ap_fail_at(e, AP_CONFIG, -1, "theta", "RoPE base = %g is outside (0, 1e12]", h->theta);
+    if (!(h->theta >= 1 && h->theta <= 1e12)) return ap_fail_at(e, AP_CONFIG, -1, "theta", "RoPE base = %g is outside [1, 1e12]", h->theta);   /* below 1 the angles outgrow the sine's range */
     return AP_OK;
 }
 

@@ -108,8 +108,8 @@ static int folder_use(const check_input *in, ap_err *e) {
         return AP_OK;
     }
     AP_TRY(ap_file_open(&f, path, e));
-    check_file(f);
-    int rc = use_file(f, e);
+    int rc = check_file(f, e);
+    if (!rc) rc = use_file(f, e);
     ap_file_close(f);
     return rc;
 }

@@ -16,6 +16,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import gguf
 import llamacpp
@@ -27,7 +28,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import aprender
-from aprender import _core, text
+from aprender import _core, bisect, run, text, trace
+from aprender.captures import open_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, FormatError
 from aprender.text import backend as library
 from aprender.text import chat
@@ -697,3 +699,34 @@ def test_without_a_template_or_without_transformers(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
     with pytest.raises(CannotRun, match="transformers"):
         text.render_chat("{{ 1 }}", MESSAGES)
+
+
+@pytest.mark.foreign
+def test_the_option_chat(canary: Pair, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """run, trace and bisect take the prompt as a user's message: more tokens than the raw text's, those of the template."""
+    pytest.importorskip("transformers")
+    model, prompt = str(CANARY / "canary.gguf"), "What is 2+2?"
+    expected = chat.chat_ids(canary[0], prompt)
+    assert expected != canary[0].encode(prompt)
+    assert run.main([model, "--prompt", prompt, "--chat", "--json", "-n", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_ids"] == expected
+    assert trace.main([model, "--prompt", prompt, "--chat", "--stages", "lm_head", "-o", str(tmp_path / "out"), "-q"]) == 0
+    assert list(open_captures(tmp_path / "out").tokens) == expected
+    capsys.readouterr()
+    assert bisect.main([model, "--against", model, "--prompt", prompt, "--chat", "--json", "--answer", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [(run, ["--prompt-ids", "1"]), (trace, ["--prompt-ids", "1", "-o", "out"]), (bisect, ["--prompt-ids", "1"]), (bisect, [])],
+)
+def test_chat_without_a_text_is_wrong_usage(command: Any, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(CANARY / "canary.gguf"), *words, "--chat"]) == 2
+    assert "--chat needs a text" in capsys.readouterr().err
+
+
+def test_chat_with_a_model_that_has_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = train("qwen2", tmp_path, False)[1]
+    assert run.main([str(path), "--prompt", "hi", "--chat", "-n", "1"]) == 3
+    assert "no chat template" in capsys.readouterr().err

@@ -9,6 +9,7 @@ shows in the ids.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -32,7 +33,7 @@ from aprender import _core, bisect, run, text, trace
 from aprender.captures import open_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, FormatError
 from aprender.text import backend as library
-from aprender.text import chat
+from aprender.text import chat, sentencepiece
 
 CANARY = Path(aprender.canary(""))
 Pair = tuple[text.Tokenizer, text.Tokenizer]  # from GGUF, from tokenizer.json
@@ -528,6 +529,37 @@ def test_sentencepiece_against_llamacpp(pieces: Pieces, peer: llamacpp.Peer, tmp
     for _ in range(500):
         prompt = "".join(random.choice(pieces.tokens[259:]) for _ in range(random.randrange(1, 12))).replace(BLANK, " ")
         assert made.encode(prompt) == peer.tokenize(path, prompt), prompt
+
+
+def by_score(prompt: str, scores: dict[str, float]) -> list[str]:
+    """The rule as it is told: of all neighbours that are a token together, the best one merges, the leftmost if there are several."""
+    symbols = list(prompt)
+    while True:
+        places = [place for place in range(len(symbols) - 1) if symbols[place] + symbols[place + 1] in scores]
+        if not places:
+            return symbols
+        place = max(places, key=lambda place: (scores[symbols[place] + symbols[place + 1]], -place))
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+
+
+def test_merges_are_those_by_score() -> None:
+    """Small vocabularies of two letters, most of whose tokens can be made in several ways, in any order of scores."""
+    random = Random(5)
+    several = 0
+    for _ in range(120):
+        word = "".join(random.choices("ab", k=6))
+        parts = sorted({word[first:last] for first, last in itertools.combinations(range(7), 2) if last - first > 1})
+        made = random.sample(parts, random.randrange(4, len(parts) + 1))
+        tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", *made]
+        scores = {token: -1.0 - place for place, token in enumerate(made)}
+        several += sum(len(sentencepiece.cuts(token, dict.fromkeys(tokens, 0))) > 1 for token in made)
+        metadata = {"model": "llama", "tokens": tokens, "scores": [0.0] * 259 + list(scores.values()), "add_bos_token": False}
+        metadata |= {"add_space_prefix": False, "token_type": [2] + [6] * 256 + [1] * (2 + len(made))}
+        known = text.from_gguf({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+        for _ in range(60):
+            prompt = "".join(random.choices("ab", k=random.randrange(1, 12)))
+            assert [tokens[token] for token in known.encode(prompt)] == by_score(prompt, scores), (made, prompt)
+    assert several > 100
 
 
 @pytest.mark.foreign

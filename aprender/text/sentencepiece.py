@@ -3,9 +3,9 @@
 Owns the merges that follow from the scores, the byte tokens, and what becomes of blanks.  Two neighbours merge if together they are a
 token, the token of the highest score first, the leftmost first where it is there twice; a character that is no token becomes its bytes.
 The library merges by a list of pairs instead, which is the same as long as no two tokens that can be merged have equal scores: such
-vocabularies are refused.  (One corner remains, in which llama.cpp and the library's own converters differ among themselves too: a token
-such as ``aaa`` can be made of ``a aa`` and of ``aa a``, and of overlapping places the library takes the shorter left part first, not the
-leftmost; a vocabulary has to be made for it to show.)  Called by ``backend`` and ``convert``.
+vocabularies are refused.  (A token such as ``aba`` can be made of ``ab a`` and of ``a ba``.  Where both ways offer themselves in places
+that overlap, the library would take the shorter left part first, not the leftmost; no vocabulary and text are known in which they do, and
+the tests look for one.)  Called by ``backend`` and ``convert``.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 LONGEST = 4096
 """Characters in a token; every way to cut one in two is looked up."""
 
+MOST_CUTS = 1 << 28
+"""Squares of the lengths of all tokens together; 262 000 tokens of a known model make 2^24."""
+
 
 def normalizer(prefix: bool) -> Json:
     """Blanks as the tokens have them, one more in front of each piece of text between special tokens if there is a prefix."""
@@ -48,13 +51,16 @@ def merges(keys: Keys, tokens: Sequence[str], scores: Sequence[float], vocabular
     Raises
     ------
     FormatError
-        A score that is no number, or one that two tokens have that can be merged: their order would be anybody's guess.
+        A score that is no number, or one that two tokens have that can be merged: their order would be anybody's guess.  Tokens that
+        are too long.
     """
     for token, score in zip(tokens, scores, strict=True):
         if not math.isfinite(score):
             raise keys.refusal("scores", f"{token[:64]!r} has the score {score}", "TOKENIZER")
         if len(token) > LONGEST:
             raise keys.refusal("tokens", f"{token[:64]!r}… has {len(token)} characters; {LONGEST} are read", "LIMIT")
+    if sum(len(token) ** 2 for token in tokens) > MOST_CUTS:
+        raise keys.refusal("tokens", f"{len(tokens)} tokens with {sum(map(len, tokens))} characters: too many ways to cut them", "LIMIT")
     found: list[tuple[str, str]] = []
     last: tuple[float, str] | None = None
     for token in sorted(vocabulary, key=lambda token: (-scores[vocabulary[token]], vocabulary[token])):

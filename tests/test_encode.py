@@ -26,7 +26,7 @@ SAME_BYTES = ("Q8_0", "Q4_0")
 
 
 def drawn(scale: float, seed: int = 0) -> NDArray[np.float32]:
-    """[64, 256] around `scale`, with rows of zeros, of one number, of few numbers, of numbers half way between two quants, and with outliers."""
+    """[64, 256] around `scale`, with rows of zeros, of one number, of few numbers, of numbers half way between quants, with outliers."""
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((64, 256)) * scale
     x[0] = 0

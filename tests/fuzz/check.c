@@ -170,7 +170,7 @@ static int check_tensor(const ap_file *whole, const ap_tensor *t, ap_err *e) {
     int rc = ap_file_data(whole, t, &data, e);
     if (rc) return rc;
     int here = check_within(data, t->bytes, f->p, f->have);
-    CHECK(here || data == t->own || !t->bytes, "the data of a tensor lie in no memory of the file");
+    CHECK(here || data == t->own || f->mapped || !t->bytes, "the data of a tensor lie in no memory of the file");
     CHECK(!here || !t->bytes || t->offset == (uint64_t)(data - f->p), "offset %llu, data at %lld", (unsigned long long)t->offset, (long long)(data - f->p));
     check_rows(t, data);
     return AP_OK;

@@ -21,23 +21,25 @@ static void staged_begin(void) {
     atexit(staged_end);
 }
 
-static void staged_same_tensor(const ap_file *f, const ap_tensor *t, const ap_file *g, const ap_tensor *u) {
+static int staged_same_tensor(const ap_file *f, const ap_tensor *t, const ap_file *g, const ap_tensor *u, ap_err *e) {
     const uint8_t *p = NULL, *q = NULL;
-    ap_err e = AP_ERR_INIT;
     CHECK(t->name.n == u->name.n && !memcmp(t->name.p, u->name.p, t->name.n) && t->fmt == u->fmt && t->nd == u->nd && t->bytes == u->bytes && t->offset == u->offset, "another tensor");
     for (int d = 0; d < t->nd; d++) CHECK(t->dim[d] == u->dim[d], "dimension %d", d);
-    CHECK(!ap_file_data(f, t, &p, &e) && !ap_file_data(g, u, &q, &e), "%s", e.msg);
+    AP_TRY(ap_file_data(f, t, &p, e));
+    AP_TRY(ap_file_data(g, u, &q, e));
     CHECK(!t->bytes || !memcmp(p, q, t->bytes), "other bytes");
+    return AP_OK;
 }
 
-static void staged_same(const ap_file *f, const ap_file *g) {
+static int staged_same(const ap_file *f, const ap_file *g, ap_err *e) {
     CHECK(f->kind == g->kind && f->nt == g->nt && f->nkv == g->nkv && f->nnotes == g->nnotes, "%d or %d tensors, %d or %d keys", f->nt, g->nt, f->nkv, g->nkv);
-    for (int i = 0; i < f->nt; i++) staged_same_tensor(f, &f->t[i], g, &g->t[i]);
+    for (int i = 0; i < f->nt; i++) AP_TRY(staged_same_tensor(f, &f->t[i], g, &g->t[i], e));
     for (int i = 0; i < f->nkv; i++) {
         const ap_kv *a = &f->kv[i], *b = &g->kv[i];
         CHECK(a->kind == b->kind && a->n == b->n && a->key.n == b->key.n && !memcmp(a->key.p, b->key.p, a->key.n), "another key");
         CHECK(a->s.n == b->s.n && (!a->s.n || !memcmp(a->s.p, b->s.p, a->s.n)) && !memcmp(&a->v, &b->v, sizeof a->v), "another value");
     }
+    return AP_OK;
 }
 
 static int staged_use(const check_input *in, ap_err *e) {
@@ -45,10 +47,10 @@ static int staged_use(const check_input *in, ap_err *e) {
     ap_err other = AP_ERR_INIT;
     int rc = ap_file_open(&f, staged_path, (int)(in->n & 1), e), again = ap_file_open_bytes(&g, in->p, in->n, NULL, NULL, 0, &other);
     int memory = rc == AP_MEMORY || again == AP_MEMORY, parts = !rc != !again && (e->kind == AP_MISSING || other.kind == AP_MISSING || e->kind == AP_CONFIG || other.kind == AP_CONFIG);
-    if (!rc && !again) staged_same(f, g);
-    else CHECK(rc == again || memory || parts, "by path: %s: %s; from memory: %s: %s", ap_err_code(rc), e->msg, ap_err_code(again), other.msg);
+    CHECK(rc == again || memory || parts, "by path: %s: %s; from memory: %s: %s", ap_err_code(rc), e->msg, ap_err_code(again), other.msg);
     if (again == AP_MEMORY) { rc = again; *e = other; }
-    else if (!rc) rc = check_file(f, e);
+    else if (!rc && !again) rc = staged_same(f, g, e);
+    if (!rc) rc = check_file(f, e);
     ap_file_close(f);
     ap_file_close(g);
     return rc;

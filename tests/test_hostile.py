@@ -69,7 +69,7 @@ def judge(case: hostile.Case, found: hostile.Outcome, target: Path) -> None:
 def test_corpus(case: hostile.Case, tmp_path: Path) -> None:
     held = _core._live_bytes()
     found = hostile.outcome(case, tmp_path)
-    judge(case, found, case.write(tmp_path) if not case.place else tmp_path)
+    judge(case, found, tmp_path / case.target if case.target else tmp_path)
     assert _core._live_bytes() == held  # and nothing is left behind
     if found.code != "OK":
         for path in tmp_path.iterdir():

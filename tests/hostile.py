@@ -1165,6 +1165,8 @@ def apr_place_cases() -> Iterator[Case]:
     yield apr("A11 2^32-1 tensors in 64 bytes", "COUNT", header, says=(str(U32 - 1),))
     yield apr("A11 2^32-1 tensors", "COUNT", replace(BA, count=U32 - 1), says=(str(U32 - 1),))
     yield case("A11 100 000 tensors", "OK", many_kept, "x.apr", check=lambda file: same(file.tensors[99_999].shape, (0, 2)))
+    wide = BA.with_only(Kept(b"a", (1,) * 7 + (4,), BA.tensors[0].data))  # its dimensions fill the index: there is no room for a second
+    yield apr("A11 two tensors in the room of one", "STRING TRUNCATED NAME COUNT", replace(wide, count=2))
     yield apr("A11 one tensor more", "STRING NAME COUNT OVERLAP OFFSET", replace(BA, count=3))
     for offset, codes in ((size + 1, "OFFSET"), (U64 - 1, "OFFSET"), (0, "OFFSET OVERLAP"), (32, "OFFSET OVERLAP")):
         yield apr(f"A12 index at {power(offset)}", codes, replace(BA, index_offset=offset))

@@ -15,7 +15,7 @@ PEER := $(VENV)/npm/node_modules/@node-llama-cpp/linux-x64
 PEER_VERSION := 3.22.1
 SANITIZED := build/sanitized
 
-.PHONY: demo build test pytest lint sanitize evidence notebook clean
+.PHONY: demo build test pytest lint sanitize fuzz fuzz-coverage evidence notebook clean
 
 demo: build  ## judge the embedded model
 	$(BIN)/python -m aprender.bisect
@@ -64,7 +64,7 @@ lint: $(VENV)/.checked  ## style, types, stubs
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml aprender._core
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with its own build, so that the plain one stays.
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,formats file model plan ops run binding))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,formats encode file model plan ops run binding containers large aprt_hostile))
 # The report goes to a file: pytest holds what is written to stderr, and a process that ends there takes it along.
 SANITIZE = cd $(SANITIZED) && PYTHONPATH=$$PWD PYTHONMALLOC=malloc \
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
@@ -76,6 +76,17 @@ sanitize: $(VENV)/.tested  ## the core under AddressSanitizer and UndefinedBehav
 	cd $(SANITIZED) && APRENDER_WERROR=1 APRENDER_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -c "from aprender import _core; assert 'sanitized' in _core.__file__, _core.__file__"
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' $(SANITIZED_TESTS) || { cat report.* 2>/dev/null; exit 1; }
+
+# ---- fuzzing -----------------------------------------------------------------
+
+# Needs a compiler and Python, nothing of .venv: libFuzzer where a clang of 19 or later has it, tests/fuzz/driver.c with gcc elsewhere.
+SECONDS ?= 60
+TARGETS ?=
+fuzz:  ## SECONDS of fuzzing over all parsers, or over TARGETS
+	$(PYTHON) scripts/fuzz.py run --seconds $(SECONDS) $(addprefix --target ,$(TARGETS))
+
+fuzz-coverage:  ## branches of the parsers that the fuzzers reach
+	$(PYTHON) scripts/fuzz.py coverage
 
 # ---- records -----------------------------------------------------------------
 

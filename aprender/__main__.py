@@ -19,7 +19,9 @@ COMMANDS: Mapping[str, str] = {
     "trace": "capture the stages of a forward pass to a folder",
     "oracle": "make reference fixtures with Hugging Face",
     "diff": "compare two saved captures",
+    "weights": "compare the weights of two models, tensor by tensor",
     "run": "generate text",
+    "convert": "write a model as APR or GGUF, as it is or in other number formats",
     "info": "what is in a model: tensors, number formats, hyper-parameters, plan",
 }
 """Every command with what it does, in the order of ``--help``."""

@@ -197,8 +197,8 @@ def encode(format: str, values: ArrayLike, /, *, pad: bool = False, threads: int
         Values that are not float32 and would have to be rounded.
     """
 
-def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[np.float32]:
-    """The values that bytes mean in a format: [*shape], by the reference decoder.
+def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /, *, tier: str | None = None) -> NDArray[np.float32]:
+    """The values that bytes mean in a format: [*shape].
 
     Parameters
     ----------
@@ -207,6 +207,8 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[
     data : bytes-like, contiguous
     shape : tuple of int
         Outermost first; the last one is a row.
+    tier : str, optional
+        Row of TIERS whose decoder is used; the plain reference if not given.  The bits do not depend on it.
 
     Raises
     ------
@@ -214,6 +216,8 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /) -> NDArray[
         A format that cannot be read, or a negative dimension.
     FormatError
         Code SIZE: `data` has more or fewer bytes than that shape takes.
+    UnknownName
+        A tier that does not exist here.
     """
 
 def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:

@@ -39,12 +39,20 @@ def add_prompt(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", metavar="TEXT", help="raw text; special tokens are added as the model's own tokenizer declares")
     group.add_argument("--prompt-ids", metavar="1,2,3", help="token ids instead of a text")
+    add_chat(parser)
+
+
+def add_chat(parser: Parser) -> None:
+    """Add the option that wraps a text as a conversation."""
+    parser.add_argument("--chat", action="store_true", help="the text as a user's message in the model's own chat template")
 
 
 def check_prompt(options: argparse.Namespace) -> None:
     """Complain about ids that are none before anything is loaded; raises Usage."""
     if options.prompt_ids is not None:
         parse_ids(options.prompt_ids)
+        if options.chat:
+            raise Usage("--chat needs a text: --prompt-ids are taken as they are")
 
 
 def prompt_ids(side: Side, options: argparse.Namespace) -> tuple[int, ...]:
@@ -53,7 +61,7 @@ def prompt_ids(side: Side, options: argparse.Namespace) -> tuple[int, ...]:
     Raises
     ------
     CannotRun
-        A text, and the model has no tokenizer.
+        A text, and the model has no tokenizer; ``--chat``, and it has no template or transformers is missing.
     FormatError
         A text, and the model's tokenizer cannot be read.
     ArgumentError
@@ -67,10 +75,19 @@ def prompt_ids(side: Side, options: argparse.Namespace) -> tuple[int, ...]:
         known = tokenizer(side, options)
         if known is None:
             raise CannotRun(f"{side.spelling} has no tokenizer: give --prompt-ids 1,2,3", code="TOKENIZER", field="prompt")
-        ids = tuple(known.encode(options.prompt))
+        ids = tuple(encode(known, options.prompt, options.chat))
     if not ids:
         raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
     return ids
+
+
+def encode(known: Tokenizer, prompt: str, chat: bool) -> Sequence[int]:
+    """Ids of a text as it is, or as a user's message."""
+    if not chat:
+        return known.encode(prompt)
+    from aprender.text.chat import chat_ids
+
+    return chat_ids(known, prompt)
 
 
 def tokenizer(side: Side, options: argparse.Namespace) -> Tokenizer | None:

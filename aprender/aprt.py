@@ -23,7 +23,7 @@ import numpy as np
 
 from aprender import _core, stages
 from aprender.arithmetic import profile
-from aprender.atomic import LOCK, SUFFIX, locked, sync_folder, writing
+from aprender.atomic import LOCK, SUFFIX, check_unlocked, locked, sync_folder, writing
 from aprender.captures import MANIFEST, Array, Captures, Lazy, read_manifest, view
 from aprender.errors import CannotRun, ConfigError, FormatError
 from aprender.manifest import ALL, LAST, TREE, Manifest, TensorNote, key_name
@@ -152,12 +152,16 @@ def check(folder: str | os.PathLike[str], wanted: Mapping[Key, tuple[int, ...]] 
     Raises
     ------
     CannotRun
-        Not a folder, one that holds anything else than a tree of ours, or (code LIMIT) a tensor that no header can count.
+        Not a folder, one that holds anything else than a tree of ours, (code BUSY) one that somebody else writes now, or (code LIMIT) a
+        tensor that no header can count.
+    FormatError
+        Something that is no folder has the name of a layer's.
     OSError
         ENOSPC: there is less room than the files need.
     """
     where = Path(folder)
     _check_sizes(wanted or {})
+    check_unlocked(where)
     ours = _ours(where) if where.exists() else set()
     _check_room(where, wanted or {}, ours)
 
@@ -206,12 +210,12 @@ def _ours(where: Path) -> set[str]:
         manifest = read_manifest(where)
         if manifest.schema == TREE:
             listed |= {MANIFEST, *map(file_name, manifest.tensors)}
-    with suppress(FileNotFoundError):
+    if (where / LOCK).is_file():
         listed |= {line.decode(errors="replace") for line in (where / LOCK).read_bytes().splitlines()}
     found = set()
     for name, entry in _walk(where):
         if name.removesuffix(SUFFIX) not in listed or not entry.is_file(follow_symlinks=False):
-            text = f"{where} holds '{name}', which no trace of ours lists: it will not be written over; remove it, or write elsewhere"
+            text = f"{where} holds '{_several([name])}', which no trace of ours lists: not written over; remove it, or write elsewhere"
             raise CannotRun(text, code="PATH", path=str(where))
         found.add(name)
     return found - {LOCK}
@@ -246,12 +250,11 @@ def write_tree(captures: Captures, folder: str | os.PathLike[str]) -> Manifest:
     wanted = {key: _shape(captures, key) for key in _keys(captures)}
     _check_sizes(wanted)
     where.mkdir(parents=True, exist_ok=True)
-    with locked(where) as lock:
+    with locked(where) as note_down:
         old = _ours(where)
         _check_room(where, wanted, old)
         names = {MANIFEST, *map(file_name, wanted)}
-        lock.write("".join(f"{name}\n" for name in sorted({name.removesuffix(SUFFIX) for name in old} | names)).encode())
-        os.fsync(lock.fileno())
+        note_down("".join(f"{name}\n" for name in sorted({name.removesuffix(SUFFIX) for name in old} | names)).encode())
         sync_folder(where)
         try:
             return _replace(captures, list(wanted), where, old - names)
@@ -405,19 +408,14 @@ def _open_ours(where: Path) -> Captures:
         if name not in there:
             text = f"{where / name}: missing, the manifest lists '{key_name(key)}'"
             raise FormatError(text, code="MISSING", path=str(where / name), field=key_name(key))
-        _regular(there[name])
     stray = sorted({name for name in there if name.endswith(ENDING)} - set(names.values()))
     notes = (*manifest.notes, *([f"not of this trace, and not read: {_several(stray)}"] if stray else []))
     return Captures(_Tree(where, manifest.tensors, {key: where / name for key, name in names.items()}), replace(manifest, notes=notes))
 
 
 def _several(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _regular(entry: os.DirEntry[str]) -> None:
-    if not entry.is_file(follow_symlinks=False):
-        raise FormatError(f"{entry.path}: is not a regular file", code="NOT_REGULAR", path=entry.path)
+    """A few names from a disk, which may hold anything."""
+    return ", ".join(ascii(name)[1:-1] for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _open_foreign(where: Path, ids: tuple[int, ...], arithmetic: str) -> Captures:
@@ -439,7 +437,6 @@ def _foreign_files(where: Path) -> tuple[dict[Key, Path], list[str]]:
     for place, entry in _walk(where):
         if not place.endswith(ENDING):
             continue
-        _regular(entry)
         key, path = _key_of(place, where), Path(entry.path)
         if key is None:
             stray.append(place)

@@ -9,8 +9,10 @@ file that no reader of ours takes for anything.  Called by captures, aprt and co
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -42,24 +44,51 @@ def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises
     ------
+    CannotRun
+        Code BUSY: somebody else is writing it.
     OSError
         With the final name as ``filename``.
     """
     final = Path(path)
     temporary = final.with_name(final.name + SUFFIX)
     try:
-        with open(temporary, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, final)
+        with open(temporary, "wb", opener=_alone) as out:
+            try:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+                os.replace(temporary, final)  # still locked: nobody else has opened this name in between
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         sync_folder(final.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
             error.filename = str(final)
         raise
+
+
+def _alone(name: str, flags: int) -> int:
+    """Open a temporary file that nobody else is writing, and empty it: one that a killed writer left is taken over.
+
+    Between opening and locking another writer may have finished and given the file its final name; then it is not ours, and the name is
+    free again.
+    """
+    while True:
+        handle = os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(name) and os.path.samestat(os.fstat(handle), os.lstat(name)):
+                os.ftruncate(handle, 0)
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise CannotRun(f"{name} is being written by another process", code="BUSY", path=name) from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -67,12 +96,15 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     finally:
         os.close(handle)
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[Callable[[bytes], None]]:
     """Be the only writer of a folder.
 
     Parameters
@@ -82,22 +114,46 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Yields
     ------
-    binary file
-        The lock, to append lines to that outlive a kill; they are gone when the block ends, by whichever way.
+    callable
+        Appends lines to the lock, which outlive a kill; they are gone when the block ends, by whichever way.
 
     Raises
     ------
     CannotRun
-        Code BUSY: another process writes it, and which one; code PATH: the file of that name is not such a lock.
+        Code BUSY: another process writes it, and which one; code PATH: what has that name is not such a lock.
     OSError
     """
     path = Path(folder) / LOCK
-    with os.fdopen(_hold(path), "r+b", buffering=0) as lock:
+    handle = _hold(path)
+    try:
+        note = functools.partial(_append, path, handle)
+        note(_HOLDER + b"%d\n" % os.getpid())
+        yield note
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _append(path: Path, handle: int, data: bytes) -> None:
+    """Put bytes at the end of a file, and on the disk."""
+    try:
+        while data:
+            data = data[os.write(handle, data) :]
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def check_unlocked(folder: str | os.PathLike[str]) -> None:
+    """Whether nobody writes a folder at the moment: before long work, so that it is not done in vain; raises as :func:`locked`."""
+    path = Path(folder) / LOCK
+    with suppress(FileNotFoundError, NotADirectoryError):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            lock.write(_HOLDER + b"%d\n" % os.getpid())
-            yield lock
+            _lock(path, handle)
         finally:
-            path.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def _hold(path: Path) -> int:
@@ -105,23 +161,22 @@ def _hold(path: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(path, handle)
             if os.fstat(handle).st_nlink:
-                _check_lock(path, handle)
                 return handle
-        except BlockingIOError:
-            holders = [line for line in os.pread(handle, 1 << 20, 0).splitlines() if line.startswith(_HOLDER)]
-            who = holders[-1].decode(errors="replace") if holders else "unknown"
-            os.close(handle)
-            raise CannotRun(f"{path.parent} is being written by another process ({who})", code="BUSY", path=str(path.parent)) from None
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
 
 
-def _check_lock(path: Path, handle: int) -> None:
-    """Refuse a file of somebody else that only has the name of our lock."""
-    begins = os.pread(handle, len(_HOLDER), 0)
-    if begins not in (b"", _HOLDER):
+def _lock(path: Path, handle: int) -> None:
+    """Lock the open file, if it is a lock of ours and nobody else has it."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode) or os.pread(handle, len(_HOLDER), 0) not in (b"", _HOLDER):
         raise CannotRun(f"{path} is not a lock of ours: remove it, or write elsewhere", code="PATH", path=str(path))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holders = [line for line in os.pread(handle, 1 << 20, 0).splitlines() if line.startswith(_HOLDER)]
+        who = holders[-1].decode(errors="replace") if holders else "unknown"
+        raise CannotRun(f"{path.parent} is being written by another process ({who})", code="BUSY", path=str(path.parent)) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aprender import _show
 from aprender._command import CANNOT, Parser, Usage, command, say
-from aprender._prompt import parse_ids
+from aprender._prompt import add_chat, parse_ids
 
 if TYPE_CHECKING:
     import argparse
@@ -51,6 +51,7 @@ def _parser() -> Parser:
     add("--prompt", metavar="TEXT", help="raw text, special tokens as the tokenizer declares (default: 'What is 2+2?')")
     add("--prompt-ids", metavar="1,2,3", help="token ids instead of a text")
     add("--prompts", metavar="FILE", help="judge every line of a file")
+    add_chat(parser)
     add("--same-ids", action="store_true", help="go on with the reference's token ids where the sides cut the text differently")
     add(
         "--steps",
@@ -91,15 +92,17 @@ def _questions(args: argparse.Namespace) -> list[Any]:
     given = [name for name in ("prompt", "prompt_ids", "prompts") if getattr(args, name) is not None]
     if len(given) > 1:
         raise Usage(f"--{given[0].replace('_', '-')} and --{given[1].replace('_', '-')} exclude each other")
+    if args.chat and (not given or args.prompt_ids is not None):
+        raise Usage("--chat needs a text: --prompt or --prompts")
     if args.prompt_ids is not None:
         return [Ask(ids=parse_ids(args.prompt_ids), same_ids=args.same_ids)]
     if args.prompts is None:
-        return [Ask(prompt=args.prompt, same_ids=args.same_ids)]
+        return [Ask(prompt=args.prompt, same_ids=args.same_ids, chat=args.chat)]
     with open(args.prompts, encoding="utf-8") as stream:
         lines = [line.rstrip("\n") for line in stream if line.strip()]
     if not lines:
         raise Usage(f"--prompts {args.prompts}: no line has text")
-    return [Ask(prompt=line, same_ids=args.same_ids) for line in lines]
+    return [Ask(prompt=line, same_ids=args.same_ids, chat=args.chat) for line in lines]
 
 
 def _command_line(args: argparse.Namespace, argv: Sequence[str], prompt: str | None) -> str:

@@ -24,6 +24,7 @@ from aprender.references import WitnessSide, candidates, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
+from aprender.text.chat import chat_ids
 
 PROMPT = "What is 2+2?"
 """What is asked when nobody says: the prompt of the embedded model's recorded stages."""
@@ -95,19 +96,22 @@ class Report:
 
 @dataclass(frozen=True)
 class Ask:
-    """What the sides are to be run on: ids, or a text."""
+    """What the sides are to be run on: ids, or a text, as it is or as a user's message in each side's own chat template."""
 
     prompt: str | None = None
     ids: tuple[int, ...] | None = None
     same_ids: bool = False
+    chat: bool = False
 
 
-def _encode(side: Any, prompt: str) -> tuple[int, ...] | None:
+def _encode(side: Any, prompt: str, chat: bool = False) -> tuple[int, ...] | None:
     """Ids of a text by the side's own tokenizer; of a saved side only if it is the text that was recorded."""
     if isinstance(side, SavedSide):
         return side.captures.tokens if side.captures.manifest.prompt == prompt else None
     tokenizer = side.tokenizer()
-    return None if tokenizer is None else tuple(tokenizer.encode(prompt))
+    if tokenizer is None:
+        return None
+    return tuple(chat_ids(tokenizer, prompt) if chat else tokenizer.encode(prompt))
 
 
 def _resolve(subject: Any, reference: Any, ask: Ask) -> tuple[tuple[int, ...], tuple[int, ...], str | None]:
@@ -123,7 +127,8 @@ def _resolve(subject: Any, reference: Any, ask: Ask) -> tuple[tuple[int, ...], t
     prompt = PROMPT if prompt is None else prompt
     if not prompt:
         raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
-    own, other = _encode(subject, prompt), _encode(reference, prompt) if reference is not None else None
+    own = _encode(subject, prompt, ask.chat)
+    other = _encode(reference, prompt, ask.chat) if reference is not None else None
     if own is None:
         if other is None or not ask.same_ids:
             raise CannotRun(

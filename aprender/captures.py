@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize
 
 from aprender import _core, stages
-from aprender.atomic import LOCK, locked, sync_folder, writing
+from aprender.atomic import LOCK, check_unlocked, locked, sync_folder, writing
 from aprender.errors import ArgumentError, CannotRun, FormatError, NotComparable, UnknownName
 from aprender.manifest import ALL, HALVES, LAST, PAIRS, SCHEMA, TREE, Manifest, TensorNote, key_name
 from aprender.stages import Key
@@ -316,11 +317,12 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     Raises
     ------
     CannotRun
-        Not a folder, or one that holds anything else than a capture.
+        Not a folder, one that holds anything else than a capture, or (code BUSY) one that somebody else writes now.
     """
     where = Path(folder)
     if where.exists() and not where.is_dir():
         raise CannotRun(f"{where}: is not a folder", code="PATH", path=str(where))
+    check_unlocked(where)
     foreign = sorted(name for name in (os.listdir(where) if where.is_dir() else ()) if not _OURS.fullmatch(name))
     if foreign:
         raise CannotRun(f"{where} holds '{foreign[0]}': it is not a capture and will not be written over", code="PATH", path=str(where))
@@ -470,7 +472,10 @@ def read_manifest(where: Path) -> Manifest:
     """
     path = where / MANIFEST
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise FormatError(f"{path}: is not a regular file", code="NOT_REGULAR", path=str(path))
+        if about.st_size > LARGEST_MANIFEST:
             raise FormatError(f"{path}: larger than any manifest of ours", code="LIMIT", path=str(path))
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:

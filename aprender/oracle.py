@@ -49,7 +49,7 @@ def _parser() -> Parser:
     add("--prompt-ids", metavar="1,2,3", help="token ids instead of a text")
     add("--layers", metavar="A..B", help="these layers only, B exclusive; stages of the whole model stay")
     add("--stages", metavar="SELECTION", help="these stages only: 3.attn_*,*.ffn_out,lm_head")
-    add("--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin; of the logits the last token")
+    add("--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin: the stages that APRT has, of the logits the last token")
     add("--answer", type=int, default=16, metavar="N", help="tokens of the greedy answer to record (default: %(default)s)")
     add("--no-floor", action="store_true", help="do not run the model in float32 too (twice the memory) to say what the format costs")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")

@@ -49,7 +49,9 @@ def _parser() -> Parser:
         "--stages", metavar="SEL", help="patterns [LAYERS.]STAGE, separated by commas: 3.attn_*,*.ffn_out,lm_head (default: all)"
     )
     parser.add_argument("--layers", metavar="a..b", help="only these layers, b exclusive; whole-model stages stay")
-    parser.add_argument("--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin; of the logits the last token")
+    parser.add_argument(
+        "--aprt", action="store_true", help="write an APRT tree, layer-N/STAGE.bin: the stages that APRT has, of the logits the last token"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("-q", "--quiet", action="store_true", help="one sentence")
     form.add_argument("--json", action="store_true", help="one JSON object")

@@ -46,7 +46,9 @@
 #include "quant/apr_q4.c"
 #include "quant/apr_q8.c"
 #include "quant/formats.c"
+#include "quant/fast.c"
 /* 2 file: containers */
+#include "file/bytes.c"
 #include "file/file.c"
 #include "file/pairs.c"
 #include "file/gguf.c"

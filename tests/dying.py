@@ -7,6 +7,7 @@ Owns the list of what a step is: opening for writing, half a write, the other ha
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import os
 import warnings
@@ -32,24 +33,20 @@ def _halves(step: Step, path: str, write: Callable[[Any], int], flush: Callable[
 @contextmanager
 def steps(step: Step) -> Iterator[None]:
     """Call ``step(what, path)`` before each step of whatever is written inside."""
-    real_open, real_fdopen = builtins.open, os.fdopen
+    real_open, real_write = builtins.open, os.write
 
     class Buffered(io.BufferedWriter):
         def write(self, data: Any) -> int:
             return _halves(step, str(self.raw.name), super().write, super().flush, data)
 
-    class Raw(io.FileIO):
-        def write(self, data: Any) -> int:
-            return _halves(step, os.readlink(f"/proc/self/fd/{self.fileno()}"), super().write, lambda: None, data)
+    def raw(handle: int, data: Any) -> int:
+        return _halves(step, descriptor(handle), functools.partial(real_write, handle), lambda: None, data)
 
     def opened(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
         if mode != "wb":
             return real_open(path, mode, *more, **named)
         step("open", str(path))
         return Buffered(io.FileIO(path, mode))
-
-    def fdopened(handle: int, mode: str = "r", *more: Any, **named: Any) -> Any:
-        return Raw(handle, "r+b") if mode == "r+b" else real_fdopen(handle, mode, *more, **named)
 
     def watched(name: str, where: Callable[..., str]) -> Any:
         real = getattr(os, name)
@@ -67,7 +64,7 @@ def steps(step: Step) -> Iterator[None]:
         return os.readlink(f"/proc/self/fd/{handle}")
 
     with (
-        mock.patch.object(builtins, "open", opened), mock.patch.object(os, "fdopen", fdopened), watched("fsync", descriptor),
+        mock.patch.object(builtins, "open", opened), mock.patch.object(os, "write", raw), watched("fsync", descriptor),
         watched("replace", lambda _, new: str(new)), watched("unlink", first), watched("mkdir", first), watched("rmdir", first),
         watched("open", first),
     ):  # fmt: skip

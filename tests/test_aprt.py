@@ -8,6 +8,7 @@ part of the promise.  Worked examples (sizes and headers of a 7-token Qwen2.5-7B
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import test_captures as made
 from conftest import CANARY, PROMPT
-from dying import FAILED, killed, steps
+from dying import killed, steps
 
 from aprender import aprt, atomic, captures, diff, oracle, stages, trace
 from aprender.captures import Captures, open_captures
@@ -397,6 +398,39 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path, write: Callabl
     assert np.array_equal(open_captures(tmp_path)["ffn_out", 0], made.make(seed=1)["ffn_out", 0])
 
 
+def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is opened, the first writer ends and removes it, and only then it is locked: two would write at once."""
+    real, calls = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(handle)
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic.locked(tmp_path):
+        assert os.path.samestat(os.fstat(calls[-1]), os.stat(tmp_path / ".lock"))
+        assert len(calls) == 2
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("check", [aprt.check, captures.check_folder], ids=["tree", "capture"])
+def test_a_folder_that_is_being_written_is_refused_before_the_work(tmp_path: Path, check: Callable[[Path], None]) -> None:
+    with atomic.locked(tmp_path), pytest.raises(CannotRun, match=f"pid {os.getpid()}"):
+        check(tmp_path)
+    (tmp_path / ".lock").write_text("pid 1\n")  # of one that was killed
+    check(tmp_path)
+    assert (tmp_path / ".lock").read_text() == "pid 1\n"
+
+
+def test_a_note_of_what_may_be_replaced_is_whole_before_anything_is(tmp_path: Path) -> None:
+    """The system lets the lock grow to 30 bytes: its list is cut, so the older trace stays."""
+    aprt.write_tree(OLD, tmp_path)
+    assert limited(30, lambda: aprt.write_tree(NEW, tmp_path)) == ".lock"
+    assert which(tmp_path) == "old"
+
+
 def test_a_lock_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("npm")
     with pytest.raises(CannotRun, match="not a lock of ours"), atomic.locked(tmp_path):
@@ -501,21 +535,31 @@ def test_a_full_disk_at_any_step_leaves_nothing_half_done(tmp_path: Path, writer
     assert failed > 10
 
 
+def limited(size: int, work: Callable[[], Any]) -> str:
+    """The name of the file at which it fails when the system lets no file grow beyond a size; in a child, the limit stays there."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            work()
+        except OSError as problem:
+            os.write(writer, f"{errno.errorcode[problem.errno or 0]} {os.path.basename(str(problem.filename))}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    assert said.startswith("EFBIG ")
+    return said.removeprefix("EFBIG ")
+
+
 def test_a_tree_that_failed_leaves_no_file(tmp_path: Path) -> None:
     """A real limit of the system's, not a patched call: no file may grow beyond 100 bytes."""
     source = bare({("ffn_norm", 0): np.zeros((3, 4), np.float32), ("ffn_norm", 1): np.zeros((3, 40), np.float32)}, 3)
-    child = os.fork()
-    if not child:
-        code = FAILED
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-            aprt.write_tree(source, tmp_path / "t")
-        except OSError as problem:
-            code = 0 if problem.errno == errno.EFBIG and "layer-1" in str(problem.filename) else 1
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert limited(100, lambda: aprt.write_tree(source, tmp_path / "t")) == "ffn_norm.bin"
     assert listing(tmp_path / "t") == []
 
 
@@ -539,21 +583,33 @@ def test_too_little_room_is_found_before_anything_is_touched(tmp_path: Path, mon
 def test_the_order_of_the_steps_is_that_of_a_commit(tmp_path: Path) -> None:
     """What a kill does not show, because the page cache outlives it: what is synced before what."""
     for writer, there in (("tree", "lm_head.bin"), ("capture", "model.safetensors")):
-        folder, log = tmp_path / writer, []
-        WRITERS[writer](OLD, folder)
-        with steps(lambda what, path, log=log, folder=folder: log.append((what, os.path.relpath(path, folder)))):  # type: ignore[misc]
-            WRITERS[writer](NEW, folder)
-        gone = log.index(("unlink", "manifest.json"))
-        put = log.index(("replace", "manifest.json"))
-        assert ("fsync", ".") in log[gone : next(i for i, (what, _) in enumerate(log) if what == "open" and i > gone + 2)]
+        WRITERS[writer](OLD, tmp_path / writer)
+        log = logged(lambda writer=writer: WRITERS[writer](NEW, tmp_path / writer), tmp_path / writer)  # type: ignore[misc]
+        gone, put = log.index(("unlink", "manifest.json")), log.index(("replace", "manifest.json"))
+        writes = [i for i, (what, path) in enumerate(log) if what == "write" and path.endswith((".bin.tmp", ".safetensors.tmp"))]
+        assert ("fsync", ".") in log[gone : writes[0]], "the old manifest is gone for good before the first write"
         data = [(i, path) for i, (what, path) in enumerate(log) if what == "replace" and path != "manifest.json"]
         assert there in [path for _, path in data]
         for at, path in data:
             assert gone < at < put
             assert log[at - 1] == ("fsync", path + ".tmp"), "a file is synced, then renamed"
-            parent = os.path.dirname(path) or "."
-            assert ("fsync", parent) in log[at:put], "and its folder is synced before the manifest"
+            assert ("fsync", os.path.dirname(path) or ".") in log[at:put], "and its folder is synced before the manifest"
         assert log[put - 1] == ("fsync", "manifest.json.tmp")
         assert ("fsync", ".") in log[put:], "and the manifest's folder after it"
-        first_write = next(i for i, (what, path) in enumerate(log) if what == "write" and path.endswith((".bin.tmp", ".safetensors.tmp")))
-        assert gone < first_write
+        assert [i for i, step in enumerate(log) if step == ("unlink", ".lock")] == [len(log) - 1], "the lock is held to the end"
+        if writer == "tree":
+            assert ("fsync", ".lock") in log[:gone], "what may be replaced is noted down before the manifest goes"
+
+
+def test_new_folders_of_layers_are_synced_before_the_manifest(tmp_path: Path) -> None:
+    source = bare({("ffn_norm", 0): np.zeros((3, 4), np.float32)}, 3)
+    log = logged(lambda: aprt.write_tree(source, tmp_path), tmp_path)
+    assert ("fsync", ".") in log[log.index(("mkdir", "layer-0")) : log.index(("replace", "manifest.json"))]
+
+
+def logged(work: Callable[[], Any], folder: Path) -> list[tuple[str, str]]:
+    """The steps of a writer, by their paths inside the folder."""
+    log: list[tuple[str, str]] = []
+    with steps(lambda what, path: log.append((what, os.path.relpath(path, folder)))):
+        work()
+    return log

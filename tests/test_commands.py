@@ -46,6 +46,7 @@ WORDS: dict[str, list[str]] = {
     "diff": ["a", "b"],
     "run": ["model.gguf", "--prompt-ids", "1"],
     "info": ["model.gguf"],
+    "convert": ["model.gguf", "out.apr"],
 }
 OURS = (trace, run, info)
 

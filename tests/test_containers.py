@@ -269,6 +269,20 @@ def test_an_index_that_lies(name: str, tmp_path: Path) -> None:
     assert caught.value.code == code
 
 
+def test_a_shard_name_cannot_colour_the_terminal(tmp_path: Path) -> None:
+    """Whatever stands in the index, the message is plain text."""
+    folder = sharded(tmp_path / "shards")
+    shard = sorted(folder.glob("model-*"))[0]
+    red = "\x1b[31mred"
+    shard.rename(folder / red)
+    rewrite(folder, lambda said: said.update({name: red for name, place in said.items() if place == shard.name}))
+    assert _core.File(folder).tensors
+    rewrite(folder, lambda said: said.update({name: red for name in said if name == NORM}))
+    with pytest.raises(ConfigError, match="another shard") as caught:
+        _core.File(folder)
+    assert str(caught.value).isprintable()
+
+
 def test_a_shard_is_no_link_out_of_the_folder(tmp_path: Path) -> None:
     """But the cache of the Hugging Face hub, where every file is a link to ../../blobs/<hash>, is read."""
     folder = sharded(tmp_path / "snapshots" / "1234")

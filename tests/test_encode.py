@@ -6,6 +6,9 @@ errors that ggml's encoders leave. What cannot be written is refused before a by
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+
 import gguf
 import llamacpp
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from aprender import _core
-from aprender.errors import ArgumentError, FormatError
+from aprender.errors import ArgumentError, FormatError, UnknownName
 
 WRITABLE = [row for row in _core.FORMATS if row[8]]
 ROWS = {row[0]: row for row in _core.FORMATS}
@@ -118,6 +121,8 @@ def populations() -> dict[str, NDArray[np.float32]]:
         "one magnitude": generator.choice([-1.0, 1.0], shape),
         "large": gaussian * 1e4,
         "small": gaussian * 1e-5,  # their sub-scales are subnormal halves
+        "tiny": gaussian * 1e-30,
+        "subnormal": gaussian * 1e-40,
         "zero": np.zeros(shape),
     }
     return {name: x.astype(np.float32) for name, x in made.items()}
@@ -292,3 +297,37 @@ def test_arguments_are_refused_by_name() -> None:
     for shape in ((1 << 40, 1 << 40), (1 << 61,), (1 << 62, 1)):
         with pytest.raises(ArgumentError, match="exceed any memory"):
             _core.dequantize("F32", b"", shape)
+
+
+def test_nothing_leaks() -> None:
+    """200 calls of each kind, those that are refused too, hold on to less than one array."""
+    x = np.ones((8, 256), np.float32)
+    data = _core.encode("Q8_0", x)
+
+    def call() -> None:
+        _core.dequantize("Q8_0", _core.encode("Q8_0", x), x.shape, tier="generic")
+        _core.encode("APR_Q8", x.tolist())
+        for refused in (
+            lambda: _core.encode("Q8_0", x[:, :7]),
+            lambda: _core.encode("Q8_0", x * np.float32(np.nan)),
+            lambda: _core.encode("Q8_0", x.astype(np.float64)),
+            lambda: _core.dequantize("Q8_0", data, (7, 7)),
+            lambda: _core.dequantize("Q9_9", data, (8, 256)),
+            lambda: _core.dequantize("Q8_0", data, (8, 256), tier="abacus"),
+        ):
+            with pytest.raises((ArgumentError, FormatError, TypeError, UnknownName)):
+                refused()
+
+    for _ in range(10):
+        call()
+    tracemalloc.start()
+    try:
+        call()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(200):
+            call()
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < data.nbytes
+    finally:
+        tracemalloc.stop()

@@ -29,7 +29,7 @@ C_FLOORS = {"base": 0, "quant": 1, "measure": 1, "file": 2, "plan": 3, "cpu": 4,
 #: Height of each part of the package; `sides` and `judge` are siblings; whatever is not named is a command, above everything.
 PYTHON_FLOORS = {
     "errors": 0, "_core": 0, "atomic": 0, "stages": 1, "captures": 1, "manifest": 1, "text": 1, "arithmetic": 1, "aprt": 1, "writers": 1,
-    "sides": 2, "judge": 2, "probes": 3, "bisection": 3, "references": 3, "report": 4,
+    "mixes": 1, "conversion": 2, "sides": 2, "judge": 2, "probes": 3, "bisection": 3, "references": 3, "report": 4,
 }  # fmt: skip
 COMMANDS = 5
 
@@ -349,7 +349,9 @@ NAMES = STAGES | OPS | FORMATS | ARCHS
 
 #: Files that may spell names, and which.  In sides/ it is the name maps: constants of the module, in capitals.
 #: text/words.py knows pre-tokenizers by name, and kinds of vocabulary; two of them are called what an architecture is called.
-ALLOWED = {"judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "text/words.py": {"qwen2", "llama"}}
+ALLOWED = {
+    "mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "text/words.py": {"qwen2", "llama"},
+}  # fmt: skip
 
 
 def spelled(literal: str) -> set[str]:

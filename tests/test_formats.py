@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from aprender import _core
+from aprender.errors import UnknownName
 
 ROOT = Path(__file__).resolve().parent.parent
 READABLE = [row for row in _core.FORMATS if row[5]]
@@ -202,6 +203,35 @@ def test_against_ggml(row: Row, tmp_path: Path, peer: llamacpp.Peer) -> None:
     data = blocks(row, seed=1)
     theirs = peer.dequantize(row[0], data.tobytes(), data.size // row[4] * row[3])
     same_bits(ours(row, data, tmp_path), theirs)
+
+
+TIERS = [name for name, available in _core.TIERS if available]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("row", READABLE, ids=ids)
+def test_every_tier_has_the_same_bits(row: Row, tier: str) -> None:
+    """Against the plain reference: rows of whole blocks, rows that begin or end inside one, special scales, NaNs with their payloads."""
+    name, _, _, block, _, _, _, packing, _ = row
+    data = np.concatenate([blocks(row, seed) for seed in range(4)])
+    if packing == "WHOLE":
+        data = np.concatenate([np.array([0.37], np.float32).view(np.uint8), data.reshape(-1)])
+    count = 4 * BLOCKS * block
+    shapes = [(count,), (8, count // 8)]
+    if packing == "FLAT":
+        shapes += [(217, 151)]  # one less than count, and rows that begin anywhere in a block
+    elif block > 1:
+        shapes += [(count // block, block - 1), (4 * BLOCKS, block - 7), (2 * BLOCKS, 2 * block - 9)]
+    else:
+        shapes += [(1, count), (count // 4, 4), (count // 32, 32)]
+    for shape in shapes:
+        plain = _core.dequantize(name, data, shape)
+        np.testing.assert_array_equal(_core.dequantize(name, data, shape, tier=tier).view(np.uint32), plain.view(np.uint32))
+
+
+def test_an_unknown_tier_is_refused() -> None:
+    with pytest.raises(UnknownName, match="no CPU tier"):
+        _core.dequantize("F32", bytes(4), (1,), tier="abacus")
 
 
 def test_a_wrong_bit_would_be_seen() -> None:

@@ -357,6 +357,7 @@ NONSENSE = [
     ({"rms_norm_eps": -1e-6}, "eps"), ({"rms_norm_eps": 1e30}, "eps"), ({"hidden_size": 0}, "width"),
     ({"hidden_size": 1 << 40}, "hidden_size"),
     ({"intermediate_size": 0}, "feed-forward"), ({"rope_parameters": {"rope_theta": 0}}, "RoPE base"),
+    ({"rope_parameters": {"rope_theta": 0.5}}, "RoPE base"),
     ({"rope_parameters": {"rope_theta": -1}}, "RoPE base"), ({"rope_parameters": {"rope_theta": 1e300}}, "RoPE base"),
     ({"vocab_size": 0}, "vocabulary"), ({"vocab_size": 1 << 30}, "vocab_size"), ({"max_position_embeddings": 1 << 63}, "max_position"),
 ]  # fmt: skip

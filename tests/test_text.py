@@ -1,14 +1,21 @@
 """Text to ids: the same ids from GGUF metadata and from tokenizer.json, checked against transformers and llama.cpp.
 
-The tokenizers beside the canary's are trained here on a few sentences, in the manner of Qwen2, Llama 3 and GPT-2; what matters is the words
-that the pre-tokenizer makes, so the corpus is chosen for those: digits, contractions, white space, scripts, emoji, control characters.
+The tokenizers beside the canary's are trained here on a few sentences, in the manner of Qwen2, Llama 3, GPT-2 and Llama 2; what matters is
+the words that the pre-tokenizer makes, so the corpus is chosen for those: digits, contractions, white space, scripts, emoji, control
+characters.  The merges of the tokenizers that are compared with llama.cpp were trained across words, so that a word cut in another place
+shows in the ids.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import gguf
 import llamacpp
@@ -21,7 +28,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 import aprender
 from aprender import _core, text
-from aprender.errors import ArgumentError, ConfigError, FormatError
+from aprender.errors import ArgumentError, CannotRun, ConfigError, FormatError
+from aprender.text import backend as library
+from aprender.text import chat
 
 CANARY = Path(aprender.canary(""))
 Pair = tuple[text.Tokenizer, text.Tokenizer]  # from GGUF, from tokenizer.json
@@ -177,7 +186,7 @@ def test_the_good_one_is_read() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model", "llama"), ("model", None), ("pre", "qwen9"), ("pre", None), ("pre", 3), ("tokens", None), ("tokens", [1, 2]),
+        ("model", "bert"), ("model", None), ("pre", "qwen9"), ("pre", None), ("pre", 3), ("tokens", None), ("tokens", [1, 2]),
         ("tokens", ["a", "a", "ab", "x"]), ("token_type", [1]), ("merges", ["a"]), ("merges", ["a b c"]), ("merges", ["a q"]),
         ("merges", None), ("eos_token_id", 4), ("eos_token_id", -1), ("add_bos_token", True),
     ],
@@ -278,3 +287,413 @@ def test_what_metadata_cannot_say_is_refused(folder: Path, tmp_path: Path) -> No
         assert (caught.value.code, caught.value.field) == ("UNSUPPORTED", part)
     with pytest.raises(FormatError, match="rows"):
         text.gguf_metadata(folder, 10)
+
+
+def test_an_apr_file_of_another_writer() -> None:
+    """No types, no kind: what no merge makes and is no byte is special; a name of the pre-tokenizer there must be."""
+    apr = {"tokenizer.vocabulary": ["a", "b", "ab", "<|end|>"], "tokenizer.merges": ["a b"], "tokenizer.pre_type": "qwen2",
+           "tokenizer.eos_token_id": 3}  # fmt: skip
+    for more in ({}, {"tokenizer.model_type": "BPE"}, {"tokenizer.model_type": "gpt2"}):
+        made = text.from_apr(apr | more)
+        assert made.encode("abba<|end|>") == [2, 1, 0, 3]
+        assert made.digest == text.from_gguf(GOOD).digest
+    for key, value in (("pre_type", None), ("model_type", "unigram"), ("merges", None)):
+        with pytest.raises(FormatError):
+            text.from_apr({name: its for name, its in (apr | {"tokenizer." + key: value}).items() if its is not None})
+
+
+# ---- pre-tokenizers by name, against llama.cpp -----------------------------------------------------
+
+WORDS = (
+    *(prompt for prompt in CORPUS if "<" not in prompt),
+    "I'm you're WE'LL o'clock 'tis",
+    "price $12,345.67 + 8% = x^2 ~ `code`",
+    "HelloWORLD fooBar \u00c4\u00d6\u00dc\u00e4\u00f6\u00fc",
+    "Stra\u00dfe \u00c9COLE",
+    "12345678 a1b22c333 \u0663\u0664\u0665\u0666 \u2460\u2461",
+    "a\n\n\nb \n c\t\t\td   e",
+    "// note\n/* x */ #include <a.h>\n",
+    "\u65e5\u672c\u8a9e\u30c6\u30b9\u30c8 \u30ab\u3001\u3072\u3089\u3002",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440! \u0395\u03bb\u03bb\u03b7",
+    "foo/bar\\baz //x\n/y",
+    "\u0964\u0939\u093f\u0928\u094d\u0926\u0940\u0964 \u0964",
+    "\u2026wait\u2026 \u201cquoted\u201d \u2018s",
+    "   \r\n  \r\n",
+    "a \u3000 b",
+    "x\u00a0\u00a0y",
+    "tab\tend\t",
+    "100 000 1000000",
+    "\u0e01\u0e33 \uac00\ub098",
+)
+
+#: What llama.cpp cuts otherwise than the model's own tokenizer.json: the characters, left out of the texts, and the reason.
+NOT_ASCII, BLANKS = r"[^\x00-\x7f]", r"[^\S\x00-\x7f]"
+DIFFER = {
+    "gpt-4o": (NOT_ASCII, "capitals and marks: llama.cpp's pattern knows only A to Z and a to z as cases"),
+    "llama4": (NOT_ASCII, "as gpt-4o"),
+    "tekken": (NOT_ASCII, "as gpt-4o"),
+    "falcon": (NOT_ASCII, "digits are looked for after the bytes, and six of the bytes are spelled as superscripts and fractions"),
+    "deepseek-llm": (BLANKS, "llama.cpp's patterns see a vertical tab for every blank outside ASCII, which the ranges of its Chinese lack"),
+    "deepseek-coder": (BLANKS, "as deepseek-llm"),
+}
+
+
+@pytest.fixture(scope="module")
+def across() -> tuple[list[str], list[str]]:
+    """Tokens and merges trained across words; no merge joins digits, of which DeepSeek's vocabularies have no longer tokens either."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=2500, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([*WORDS, "12 123 1234 12345 0 00 000"] * 3, trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocabulary, merges = dict(model["vocab"]), [" ".join(pair) for pair in model["merges"]]
+    return sorted(vocabulary, key=lambda token: vocabulary[token]), merges
+
+
+def joined_digits(tokens: list[str], merges: list[str]) -> tuple[list[str], list[str]]:
+    """With tokens of two and three digits too, and digits joined to letters."""
+    more = [("1", "2"), ("12", "3"), ("0", "0"), ("00", "0"), ("4", "5"), ("a", "1"), ("3", "4"), ("5", "6"), ("67", "8"), ("6", "7")]
+    fresh = [pair for pair in more if pair[0] in tokens or any("".join(other) == pair[0] for other in more)]
+    made = [*tokens, *dict.fromkeys("".join(pair) for pair in fresh if "".join(pair) not in tokens)]
+    return made, [*(" ".join(pair) for pair in fresh if " ".join(pair) not in merges), *merges]
+
+
+def named(pre: str, tokens: list[str], merges: list[str], path: Path) -> Path:
+    """A model whose GGUF names a pre-tokenizer."""
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * len(tokens))
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(0)
+        writer.add_add_bos_token(False)
+
+    return tiny.save_gguf(tiny.Shape(vocab=len(tokens), head=16, layers=1), path, "Q8_0", metadata=metadata)
+
+
+def texts(pre: str) -> list[str]:
+    """Whole texts and pieces put together at random, without the characters that llama.cpp is known to treat otherwise."""
+    random = Random(7)
+    left_out = re.compile(DIFFER[pre][0] if pre in DIFFER else r"(?!)")
+    whole = [left_out.sub("", words) for words in WORDS]
+
+    def piece() -> str:
+        words = random.choice(whole) or " "
+        start = random.randrange(len(words))
+        return words[start : start + random.randrange(1, 6)]
+
+    made = [*whole, *("".join(piece() for _ in range(random.randrange(1, 12))) for _ in range(250))]
+    any_form = text.PRE_TOKENIZERS[pre].nfc is False
+    return [prompt for prompt in made if any_form or unicodedata.is_normalized("NFC", prompt)]
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("pre", text.PRE_TOKENIZERS)
+def test_a_named_pre_tokenizer_against_llamacpp(pre: str, across: tuple[list[str], list[str]], peer: llamacpp.Peer, tmp_path: Path) -> None:
+    tokens, merges = across if pre == "deepseek-llm" else joined_digits(*across)
+    path = named(pre, tokens, merges, tmp_path / "model.gguf")
+    made = text.for_model(path)
+    assert made is not None
+    prompts = texts(pre)
+    assert len(prompts) > 100
+    for prompt in prompts:
+        assert made.encode(prompt) == peer.tokenize(path, prompt), prompt
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize(
+    ("pre", "prompt"),
+    [
+        ("gpt-4o", "\u00e9cole\u00c9"), ("tekken", "\u00e9cole\u00c9"), ("llama4", "\u00e9cole\u00c9"),
+        ("gpt-4o", "\u0939\u093f\u0928\u094d\u0926\u0940"), ("falcon", "\u4f60\u597d\u4e16\u754c"), ("deepseek-llm", "123"),
+        ("deepseek-llm", " \u2028"),
+        ("qwen2", "cafe\u0301"), ("qwen35", "cafe\u0301"), ("command-r", "cafe\u0301"),
+    ],
+)  # fmt: skip
+def test_where_llamacpp_differs(pre: str, prompt: str, across: tuple[list[str], list[str]], peer: llamacpp.Peer, tmp_path: Path) -> None:
+    """The reasons of DIFFER, tokens of several digits, and normal form C, which llama.cpp does not bring texts into.
+
+    Words that BPE works in are all that differs, so merges that join everything across the places in question make it visible; with
+    GPT-2's words, in which the two agree, the same merges give the same ids.
+    """
+    tokens, merges = joined_digits(*across)
+    for one in (prompt, unicodedata.normalize("NFC", prompt)):
+        symbols = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(one)[0][0]
+        whole = symbols[0]
+        for symbol in symbols[1:]:
+            if f"{whole} {symbol}" not in merges:
+                merges = [f"{whole} {symbol}", *merges]
+            whole += symbol
+            tokens += [] if whole in tokens else [whole]
+    order = sorted(merges, key=lambda merge: len(merge) if merge.replace(" ", "") in tokens[-40:] else 1000)
+    for name, same in ((pre, False), ("gpt-2", True)):
+        path = named(name, tokens, order, tmp_path / f"{name}.gguf")
+        made = text.for_model(path)
+        assert made is not None
+        assert (made.encode(prompt) == peer.tokenize(path, prompt)) is same
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize(
+    ("pre", "module", "name"),
+    [("qwen2", "qwen2", "Qwen2Tokenizer"), ("qwen35", "qwen3_5", "Qwen3_5Tokenizer"), ("command-r", "cohere", "CohereTokenizer"),
+     ("phi-2", "codegen", "CodeGenTokenizer"), ("gpt-2", "gpt2", "GPT2Tokenizer")],
+)  # fmt: skip
+def test_a_named_pre_tokenizer_is_that_of_transformers(pre: str, module: str, name: str) -> None:
+    """Normalizer and words of the class that transformers has for the model."""
+    pytest.importorskip("transformers")
+    theirs = getattr(importlib.import_module(f"transformers.models.{module}.tokenization_{module}"), name)()
+    data = json.loads(theirs.backend_tokenizer.to_str())
+    rules = text.PRE_TOKENIZERS[pre]
+    assert data["normalizer"] == rules.normalizer()
+    assert library.bare(data["pre_tokenizer"]) == library.bare(rules.words())
+
+
+def test_a_text_whose_form_is_not_settled_is_refused() -> None:
+    made = text.from_gguf(GOOD | {"tokenizer.ggml.pre": "stablelm2"})
+    assert made.encode("ab") == [2]
+    with pytest.raises(ArgumentError, match="normal form C") as caught:
+        made.encode("cafe\u0301")
+    assert caught.value.code == "UNSUPPORTED"
+    assert text.from_gguf(GOOD | {"tokenizer.ggml.pre": "llama3"} | {"tokenizer.ggml.add_bos_token": False}).encode("abe\u0301") == [2]
+
+
+# ---- SentencePiece -----------------------------------------------------------------------------------
+
+BLANK = "\u2581"
+PHRASES = (
+    *CORPUS, "hello world", "<s>hi</s> there", "<s> hi </s>x", "aaaaaaa", "aaaaa banana aaaa", " lead", "a<call>b <call> c", "<unk>x",
+    "trail  ", f"{BLANK}x {BLANK}", "\u00fcber na\u00efve \U0001f600",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A SentencePiece vocabulary in the manner of Llama 2: specials, bytes, what merges make in their order, single characters."""
+
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float]
+
+    def gguf(self, path: Path, prefix: bool, bos: bool = False) -> Path:
+        def metadata(writer: gguf.GGUFWriter) -> None:
+            writer.add_tokenizer_model("llama")
+            writer.add_tokenizer_pre("default")
+            writer.add_token_list(self.tokens)
+            writer.add_token_types(self.kinds)
+            writer.add_token_scores(self.scores)
+            writer.add_bos_token_id(1)
+            writer.add_eos_token_id(2)
+            writer.add_unk_token_id(0)
+            writer.add_add_bos_token(bos)
+            writer.add_add_space_prefix(prefix)
+
+        return tiny.save_gguf(tiny.Shape(vocab=len(self.tokens), head=16, layers=1), path, "Q8_0", metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Pieces:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    trainer = trainers.BpeTrainer(vocab_size=420, min_frequency=1, show_progress=False)
+    backend.train_from_iterator([one for one in PHRASES * 3 if "<" not in one and "\0" not in one], trainer)
+    model = json.loads(backend.to_str())["model"]
+    made = [*("".join(pair) for pair in model["merges"]), BLANK * 2, BLANK * 4, "aaa", "aaaa"]
+    made += sorted(token for token in model["vocab"] if len(token) == 1)
+    made = list(dict.fromkeys(made))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made, "<call>", "[PAD9]"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(made), 4, 5]
+    return Pieces(tokens, kinds, [*[0.0] * 259, *(-1.0 - place for place in range(len(made))), -1000.0, -1000.0])
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_against_llamacpp(pieces: Pieces, peer: llamacpp.Peer, tmp_path: Path, prefix: bool) -> None:
+    path = pieces.gguf(tmp_path / "model.gguf", prefix)
+    made = text.for_model(path)
+    assert made is not None
+    for prompt in PHRASES:
+        assert made.encode(prompt) == peer.tokenize(path, prompt), prompt
+        if not prefix and BLANK not in prompt:
+            assert made.decode(made.encode(prompt)) == prompt
+
+    random = Random(11)
+    for _ in range(500):
+        prompt = "".join(random.choice(pieces.tokens[259:]) for _ in range(random.randrange(1, 12))).replace(BLANK, " ")
+        assert made.encode(prompt) == peer.tokenize(path, prompt), prompt
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_against_transformers(pieces: Pieces, tmp_path: Path, legacy: bool) -> None:
+    """LlamaTokenizerFast with the merges that transformers derives.
+
+    It puts no blank before a text that begins with one, nor, unless legacy, after a special token; llama.cpp and SentencePiece do both.
+    """
+    pytest.importorskip("transformers")
+    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers.models.llama.tokenization_llama import LlamaTokenizerFast
+
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", prefix=True, bos=True))
+    assert made is not None
+    vocabulary = {token: number for number, token in enumerate(pieces.tokens) if token != "[PAD9]"}
+    scores = {token: pieces.scores[number] for token, number in vocabulary.items()}
+    theirs = LlamaTokenizerFast(
+        vocab=vocabulary, merges=generate_merges(vocabulary, scores), legacy=legacy, additional_special_tokens=["<call>"]
+    )
+    theirs.update_post_processor()
+    differ = []
+    for prompt in PHRASES:
+        ids = theirs(prompt)["input_ids"]
+        ids = ids if ids[:1] == [1] else [1, *ids]
+        if made.encode(prompt) != ids:
+            differ.append(prompt)
+    expected = [prompt for prompt in PHRASES if prompt[:1] in (" ", BLANK) or re.search(r"(<s>|</s>|<call>|<unk>) ", prompt)]
+    if not legacy:
+        expected = [prompt for prompt in PHRASES if prompt in expected or re.search(r"(<s>|</s>|<call>|<unk>)[^<]", prompt)]
+    assert differ == expected
+
+
+def test_sentencepiece_pieces_and_ends(pieces: Pieces, tmp_path: Path) -> None:
+    """A piece keeps the blank that decoding takes from the beginning of a text; unused tokens come from no text."""
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", prefix=True, bos=True))
+    assert made is not None
+    ids = made.encode("hello world")
+    assert ids[0] == 1
+    assert made.eos_ids == {2}
+    assert made.decode(ids[1:]) == "hello world"
+    assert "".join(map(made.id_to_piece, ids[1:])) == " hello world"
+    assert made.id_to_piece(len(pieces.tokens) - 1) == f"[{len(pieces.tokens) - 1}]"
+    assert len(pieces.tokens) - 1 not in made.encode("[PAD9]")
+    assert made.named == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_goes_into_metadata_and_back(pieces: Pieces, tmp_path: Path, prefix: bool) -> None:
+    """From a tokenizer.json in the form that Llama 2's has, to GGUF's keys, to APR's: one digest, the same ids."""
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", prefix, bos=True))
+    assert made is not None
+    made.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    first = text.from_json(tmp_path / "tokenizer.json")
+    metadata = text.gguf_metadata(tmp_path, len(pieces.tokens) + 3)
+    assert metadata["tokenizer.ggml.scores"].dtype == "float32"
+    assert {len(metadata["tokenizer.ggml." + key]) for key in ("tokens", "token_type", "scores")} == {len(pieces.tokens) + 3}
+    apr = json.loads(json.dumps(text.apr_metadata(tmp_path)))
+    for other in (first, text.from_gguf(metadata), text.from_apr(apr)):
+        assert other.digest == made.digest
+        assert all(other.encode(prompt) == made.encode(prompt) for prompt in PHRASES)
+    assert text.from_gguf(metadata | {"tokenizer.ggml.add_space_prefix": not prefix}).digest != made.digest
+
+
+def test_added_tokens_of_the_normalized_text_cannot_be_said(pieces: Pieces, tmp_path: Path) -> None:
+    """The first conversions of Llama have them: <s> is found only where a blank may be put before it."""
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", True))
+    assert made is not None
+    data = json.loads(made.backend.to_str())
+    data["added_tokens"] = [token | {"normalized": True} for token in data["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert text.from_json(tmp_path / "tokenizer.json").encode("hi<s>") != made.encode("hi<s>")
+    with pytest.raises(FormatError, match="normalized") as caught:
+        text.gguf_metadata(tmp_path)
+    assert caught.value.field == "added_tokens"
+
+
+def test_a_blank_before_the_first_piece_only_cannot_be_said(pieces: Pieces, tmp_path: Path) -> None:
+    """What Llama's tokenizer.json has since transformers 5; metadata mean a blank before every piece."""
+    made = text.for_model(pieces.gguf(tmp_path / "model.gguf", True))
+    assert made is not None
+    data = json.loads(made.backend.to_str())
+    data |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "first", "split": False}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError) as caught:
+        text.gguf_metadata(tmp_path)
+    assert (caught.value.code, caught.value.field) == ("UNSUPPORTED", "normalizer")
+
+
+# ---- chat templates ----------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def payloads(mark: Path) -> list[str]:
+    """Programs that would leave a mark, were they run without a sandbox."""
+    return [
+        f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}",
+        f"{{{{ lipsum.__globals__['os'].system('touch {mark}') }}}}",
+        f"{{% set opener = lipsum.__globals__['__builtins__']['open'] %}}{{{{ opener('{mark}', 'w').close() }}}}",
+    ]
+
+
+def test_the_template_of_each_container(canary: Pair) -> None:
+    assert canary[0].chat_template == canary[1].chat_template
+    assert canary[0].chat_template is not None
+    assert "im_start" in canary[0].chat_template
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("which", range(3))
+def test_a_hostile_template_stays_text(tmp_path: Path, which: int) -> None:
+    """Loaded from all three containers: no mark.  Rendered when asked: refused, no mark.  Without the sandbox it would leave one."""
+    pytest.importorskip("transformers")
+    import jinja2
+
+    mark = tmp_path / "mark"
+    template = payloads(mark)[which]
+    (tmp_path / "tokenizer.json").write_bytes((CANARY / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    loaded = text.from_json(tmp_path / "tokenizer.json")
+    metadata = text.gguf_metadata(tmp_path)
+    for made in (loaded, text.from_gguf(metadata), text.from_apr(text.apr_metadata(tmp_path))):
+        assert made.chat_template == template
+    with pytest.raises(FormatError, match="chat_template") as caught:
+        text.render_chat(template, MESSAGES)
+    assert caught.value.field == "chat_template"
+    assert not mark.exists()
+    jinja2.Environment().from_string(template).render()
+    assert mark.exists()
+
+
+@pytest.mark.foreign
+def test_a_template_is_rendered_as_transformers_does(canary: Pair) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(CANARY)
+    messages = [*MESSAGES, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "What is 2+2?"}]
+    known = canary[1]
+    assert known.chat_template is not None
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.render_chat(known.chat_template, messages, known.named) == expected
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert chat.chat_ids(known, "hi") == chat.chat_ids(canary[0], "hi") == ids
+    assert text.render_chat("{{ bos_token }}|{{ messages[0].content }}", MESSAGES, {"bos_token": "<s>"}) == "<s>|hi"
+
+
+def test_templates_beside_a_tokenizer_json(tmp_path: Path) -> None:
+    """chat_template.jinja wins over tokenizer_config.json; of several there, the default."""
+    (tmp_path / "tokenizer.json").write_bytes((CANARY / "tokenizer.json").read_bytes())
+    assert text.from_json(tmp_path / "tokenizer.json").chat_template is None
+    config = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": "plain"}]
+    for said, found in ((named, "plain"), ("one", "one"), (7, None)):
+        config.write_text(json.dumps({"chat_template": said}))
+        assert text.from_json(tmp_path / "tokenizer.json").chat_template == found
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert text.from_json(tmp_path / "tokenizer.json").chat_template == "file"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError) as caught:
+        text.from_json(tmp_path / "tokenizer.json")
+    assert caught.value.code == "UTF8"
+
+
+def test_without_a_template_or_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = text.from_gguf(GOOD)
+    with pytest.raises(CannotRun, match="no chat template"):
+        chat.chat_ids(made, "hi")
+    monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
+    with pytest.raises(CannotRun, match="transformers"):
+        text.render_chat("{{ 1 }}", MESSAGES)

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
 
+INFINITE, NOT_A_NUMBER = 1e300, 2e300
+"""What stands for the gap of such a pair when elements are ordered: above all gaps of numbers, which end at 6.9e38."""
+
 
 @dataclass(frozen=True, slots=True)
 class Element:
@@ -95,8 +98,9 @@ def _classes(a: Floats, b: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]
 
 def _ordered(array: Floats) -> NDArray[np.int64]:
     """Whole numbers in the order of the values, neighbours 1 apart; both zeros are 0."""
-    bits = array.view(np.int32).astype(np.int64)
-    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    bits = array.view(np.int32)
+    sign = bits >> 31  # 0 or -1: x ^ -1 - -1 is -x
+    return (((bits & 0x7FFFFFFF) ^ sign) - sign).astype(np.int64)
 
 
 def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
@@ -115,7 +119,10 @@ def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
     x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
     gap = np.abs(x - y)
     rel, cos, std, why = _relative(x, y, gap)
-    steps = np.abs(_ordered(a[finite]) - _ordered(b[finite]))
+    moved = finite & differ
+    steps = np.abs(_ordered(a[moved]) - _ordered(b[moved]))
+    score = np.zeros(a.size)
+    score[finite], score[inf_one], score[nan_one] = gap, INFINITE, NOT_A_NUMBER
     nan_both = int(np.count_nonzero(np.isnan(a) & np.isnan(b)))
     first = int(differ.argmax()) if differ.any() else None
     return Elements(
@@ -124,7 +131,7 @@ def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
         nan_both=nan_both, inf_mismatch=int(np.count_nonzero(inf_one)),
         max_abs=float(gap.max()) if gap.size else None, max_ulp=int(steps.max()) if steps.size else 0,
         rms=float(np.sqrt(np.mean(gap * gap))) if gap.size else None,
-        rel_l2=rel, cos_distance=cos, std_ratio=std, undefined=why, first=first, top=_top(a, b, differ, limit),
+        rel_l2=rel, cos_distance=cos, std_ratio=std, undefined=why, first=first, top=_top(a, b, np.flatnonzero(differ), score, limit),
     )  # fmt: skip
 
 
@@ -142,31 +149,20 @@ def _relative(x: Wide, y: Wide, gap: Wide) -> tuple[float | None, float | None, 
     return rel, cos, std, f"all finite values of {zero} are 0: they have no direction" if zero else constant
 
 
-def _score(a: Floats, b: Floats) -> Wide:
-    """What elements are ordered by: the gap; above all gaps (at most 6.9e38) an infinity, above that a NaN."""
-    finite, nan_one, inf_one = _classes(a, b)
-    score = np.zeros(a.size)
-    score[finite] = np.abs(a[finite].astype(np.float64) - b[finite])
-    score[inf_one], score[nan_one] = 1e300, 2e300
-    return score
-
-
-def _top(a: Floats, b: Floats, differ: NDArray[np.bool_], limit: int) -> tuple[Element, ...]:
-    """The elements that differ most, in a total order: score, then index."""
-    where = np.flatnonzero(differ)
-    score = _score(a[where], b[where])
+def _top(a: Floats, b: Floats, where: NDArray[np.int64], score: Wide, limit: int) -> tuple[Element, ...]:
+    """Of the elements ``where`` those of the largest score, in a total order: score, then index."""
     if where.size > limit > 0:
-        least = np.partition(score, where.size - limit)[where.size - limit]
-        above = np.flatnonzero(score > least)
-        chosen = np.concatenate([above, np.flatnonzero(score == least)[: limit - above.size]])
-        where, score = where[chosen], score[chosen]
-    order = np.lexsort((where, -score))[: max(limit, 0)]
-    return tuple(_element(a, b, int(where[i]), float(score[i])) for i in order)
+        found = score[where]
+        least = np.partition(found, where.size - limit)[where.size - limit]
+        above = np.flatnonzero(found > least)
+        where = where[np.concatenate([above, np.flatnonzero(found == least)[: limit - above.size]])]
+    order = np.lexsort((where, -score[where]))[: max(limit, 0)]
+    return tuple(_element(a, b, int(at), float(score[at])) for at in where[order])
 
 
 def _element(a: Floats, b: Floats, at: int, score: float) -> Element:
     bits = int(a.view(np.uint32)[at]), int(b.view(np.uint32)[at])
-    gap = float("nan") if score > 1e300 else float("inf") if score == 1e300 else score
+    gap = {INFINITE: float("inf"), NOT_A_NUMBER: float("nan")}.get(score, score)
     return Element(at, float(a[at]), float(b[at]), bits, gap)
 
 

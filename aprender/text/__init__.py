@@ -9,8 +9,8 @@ none.  Called by the sides, the commands and the writers.
 from __future__ import annotations
 
 import functools
-import json
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,21 @@ import tokenizers
 from aprender import _core
 from aprender.errors import ArgumentError, FormatError
 from aprender.text import backend as library
+from aprender.text import strict
 from aprender.text.keys import APR, APR_TEMPLATE, GGUF, GGUF_TEMPLATE, Keys
 from aprender.text.sentencepiece import BLANK
-from aprender.text.words import PRE_TOKENIZERS, PreTokenizer
+from aprender.text.words import BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer
 
 __all__ = [
     "ENDINGS", "PRE_TOKENIZERS", "PreTokenizer", "Tokenizer", "apr_metadata", "for_model", "from_apr", "from_gguf", "from_json",
-    "gguf_metadata",
+    "gguf_metadata", "render_chat",
 ]  # fmt: skip
 
 ENDINGS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """Special tokens that end a text whatever else a container declares: GGUF has room for one or two, generation_config.json lists all."""
+
+LONGEST_TEXT = 1 << 24
+"""Characters that are tokenised at once: 16 million, more than any model's context holds."""
 
 
 class Tokenizer:
@@ -45,20 +49,29 @@ class Tokenizer:
         Where it came from, for messages.
     chat_template : str, optional
         The container's template for conversations, as text.
+    settled : bool
+        False where it is not known whether texts are brought into normal form C: others are refused then.
+    named : mapping, optional
+        Texts of special tokens by what a chat template calls them: ``bos_token`` and so on.
 
     Attributes
     ----------
     backend : tokenizers.Tokenizer
     eos_ids : frozenset of int
     source : str
-    digest : str
-        SHA-256 of what decides the ids.
     chat_template : str or None
         Never rendered here.
+    named : dict
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, eos_ids: Iterable[int] = (), source: str = "", chat_template: str | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_ids: Iterable[int] = (),
+        source: str = "",
+        chat_template: str | None = None,
+        settled: bool = True,
+        named: Mapping[str, str] | None = None,
     ) -> None:
         self.backend = backend
         added = backend.get_added_tokens_decoder()
@@ -66,25 +79,39 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | known
         self.source = source
         self.chat_template = chat_template
-        self.digest = library.digest(backend)
+        self._settled = settled
+        self.named = dict(named or {})
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a raw text, special tokens added as the container declares; ``<|im_start|>`` and its like count as one token.
+    def encode(self, text: str, frame: bool = True) -> list[int]:
+        """Ids of a raw text; ``<|im_start|>`` and its like count as one token.
+
+        Parameters
+        ----------
+        text : str
+        frame : bool
+            Add the special tokens before and after that the container declares.
 
         Raises
         ------
         ArgumentError
-            The text holds half a surrogate pair, which no UTF-8 has.
+            ``LIMIT``: more than :data:`LONGEST_TEXT` characters.  ``UTF8``: half a surrogate pair, which no UTF-8 has.  ``UNSUPPORTED``:
+            a text that is not in normal form C, where the container does not say whether it is to be brought there.
         """
+        if len(text) > LONGEST_TEXT:
+            why = f"the text has {len(text)} characters; {LONGEST_TEXT} are tokenised at once"
+            raise ArgumentError(why, code="LIMIT", field="prompt")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ArgumentError(f"the text is not Unicode at character {error.start}", code="UTF8", field="prompt") from None
-        return list(self.backend.encode(text, add_special_tokens=True).ids)
+        if not (self._settled or unicodedata.is_normalized("NFC", text)):
+            why = f"{self.source}: the name of its pre-tokenizer does not say what becomes of a text that is not in Unicode normal form C"
+            raise ArgumentError(f"{why}; give it in that form", code="UNSUPPORTED", field="prompt")
+        return list(library.guarded(self.source, lambda: self.backend.encode(text, add_special_tokens=frame)).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+        return str(library.guarded(self.source, lambda: self.backend.decode(list(ids), skip_special_tokens=False)))
 
     def id_to_piece(self, token: int) -> str:
         """What one id stands for inside a text; ``[id]`` where the vocabulary has nothing there."""
@@ -103,6 +130,11 @@ class Tokenizer:
     def _strips(self) -> bool:
         return "Strip" in repr(self.backend.decoder) or "Metaspace" in repr(self.backend.decoder)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides the ids: equal for a GGUF, an APR and a tokenizer.json of one tokenizer."""
+        return library.digest(library.parts(self.backend))
+
     @property
     def size(self) -> int:
         """Number of tokens, added ones included."""
@@ -116,31 +148,51 @@ class Tokenizer:
 
 
 def from_json(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; ids that end a text come from the files beside it.
+    """The tokenizer of a tokenizer.json; ids that end a text and the chat template come from the files beside it.
 
     Raises
     ------
     FormatError
-        The file is missing or the library cannot read it.
+        The file is missing, is not what :mod:`aprender.text.strict` lets through, or the library cannot read it.
     """
     where = Path(path)
-    try:
-        backend = tokenizers.Tokenizer.from_str(where.read_bytes().decode())
-    except OSError as error:
-        raise FormatError(f"{where}: {error.strerror or error}", code="IO", path=str(where)) from None
-    except Exception as error:  # the library raises bare Exception
-        raise FormatError(f"{where}: not a tokenizer that can be read: {error}", code="JSON", path=str(where)) from None
-    return Tokenizer(backend, _eos_beside(where.parent, backend), str(where), _template_beside(where.parent))
+    content = strict.decode(where, strict.read(where))
+    data = strict.parse(where, content)
+    strict.check(data, where)
+    backend = library.guarded(str(where), lambda: tokenizers.Tokenizer.from_str(content))
+    backend.no_padding()
+    backend.no_truncation()
+    for token in data.get("added_tokens") or ():
+        if backend.token_to_id(token["content"]) != token["id"]:
+            why = f"{token['content'][:64]!r} is to be {token['id']} and the library makes it {backend.token_to_id(token['content'])}"
+            raise FormatError(f"{where}: added_tokens: {why}", code="TOKENIZER", path=str(where), field="added_tokens")
+    folder = where.parent
+    return Tokenizer(backend, _eos_beside(folder, backend), str(where), _template_beside(folder), named=_named_beside(folder))
+
+
+NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+"""Special tokens as tokenizer_config.json and chat templates call them, and the ids in metadata."""
+
+
+def _named_beside(folder: Path) -> dict[str, str]:
+    """Texts of the special tokens that tokenizer_config.json names."""
+    config = json_object(folder / "tokenizer_config.json")
+    texts = {name: token_text(config, name) for name in NAMED}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def token_text(config: Mapping[str, Any], name: str) -> str | None:
+    """The text of a token that tokenizer_config.json names, as text or as an object."""
+    said = config.get(name)
+    text = said.get("content") if isinstance(said, dict) else said
+    return text if isinstance(text, str) else None
 
 
 def _template_beside(folder: Path) -> str | None:
     """The chat template: chat_template.jinja, else what tokenizer_config.json says; of several the one called default."""
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        try:
-            return beside.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{beside}: not UTF-8 at byte {error.start}", code="UTF8", path=str(beside), offset=error.start) from None
+        return strict.decode(beside, strict.read(beside))
     said = json_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(said, list):
         named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
@@ -155,20 +207,14 @@ def _eos_beside(folder: Path, backend: tokenizers.Tokenizer) -> set[int]:
         ids = {token for token in (said if isinstance(said, list) else [said]) if isinstance(token, int) and not isinstance(token, bool)}
         if ids:
             return ids
-    said = json_object(folder / "tokenizer_config.json").get("eos_token")
-    text = said.get("content") if isinstance(said, dict) else said
-    found = backend.token_to_id(text) if isinstance(text, str) else None
+    text = token_text(json_object(folder / "tokenizer_config.json"), "eos_token")
+    found = backend.token_to_id(text) if text is not None else None
     return set() if found is None else {found}
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if the file does not exist; FormatError if it is anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON: {error}", code="JSON", path=str(path)) from None
+    data = strict.load(path) if path.is_file() else {}
     if not isinstance(data, dict):
         raise FormatError(f"{path}: not a JSON object", code="JSON", path=str(path))
     return data
@@ -218,9 +264,25 @@ def from_apr(metadata: Mapping[str, Any], source: str = "APR") -> Tokenizer:
 def _from_keys(keys: Keys, template: Any) -> Tokenizer:
     """The tokenizer of metadata in either spelling."""
     backend = library.build(keys)
-    count = len(keys.get("tokens"))
-    ends = (keys.token_id(key, count) for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
-    return Tokenizer(backend, {token for token in ends if token is not None}, keys.source, template if isinstance(template, str) else None)
+    tokens = keys.strings("tokens")
+    ends = {keys.token_id(key, len(tokens)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    ids = {name: keys.token_id(key, len(tokens)) for name, key in NAMED.items()}
+    rules = PRE_TOKENIZERS[keys.get("pre")] if keys.kind() == BYTE_LEVEL else None
+    return Tokenizer(
+        backend,
+        (token for token in ends if token is not None),
+        keys.source,
+        template if isinstance(template, str) else None,
+        settled=rules is None or rules.nfc is not None,
+        named={name: tokens[number] for name, number in ids.items() if number is not None},
+    )
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str] | None = None) -> str:
+    """See :func:`aprender.text.chat.render_chat`."""
+    from aprender.text import chat
+
+    return chat.render_chat(template, messages, named)
 
 
 def gguf_metadata(folder: str | os.PathLike[str], vocab_size: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from aprender.errors import FormatError
 from aprender.text import sentencepiece
@@ -44,14 +44,26 @@ def build(keys: Keys) -> tokenizers.Tokenizer:
     FormatError, ConfigError
         Another kind of vocabulary, an unknown pre-tokenizer, or parts that do not fit together.
     """
-    kind = keys.get("model")
+    kind = keys.kind()
     makers = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}
     if not isinstance(kind, str) or kind not in makers:
         why = f"the vocabulary is of kind {kind!r}; only byte-level BPE ({BYTE_LEVEL!r}) and SentencePiece's ({SENTENCEPIECE!r}) are read"
         raise keys.refusal("model", why, "UNSUPPORTED")
     tokens = keys.strings("tokens")
-    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or [NORMAL] * len(tokens)
+    kinds = keys.numbers("token_type", len(tokens), ("int32", "uint32")) or _kinds(keys, tokens)
     return makers[kind](keys, tokens, kinds)
+
+
+def _kinds(keys: Keys, tokens: list[str]) -> list[int]:
+    """Types where the file has none.
+
+    To llama.cpp all tokens of a GGUF are words then.  APR files of other writers have no types though they have special tokens; what is
+    longer than one byte and made by no merge can come from a text in no other way than as a whole, and is one of those.
+    """
+    if not keys.is_apr or keys.kind() != BYTE_LEVEL:
+        return [NORMAL] * len(tokens)
+    made = {merge.replace(" ", "", 1) for merge in keys.strings("merges")}
+    return [NORMAL if len(token) == 1 or token in made else CONTROL for token in tokens]
 
 
 def _byte_level(keys: Keys, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
@@ -89,12 +101,13 @@ def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> tokenizer
 
 def _assemble(keys: Keys, tokens: list[str], kinds: list[int], whole: dict[str, Any], begins: bool) -> tokenizers.Tokenizer:
     """Model and words, added tokens and frame as one."""
-    text = json.dumps({"version": "1.0", "added_tokens": [], **whole})
+    text = json.dumps({"version": "1.0", "added_tokens": [], "post_processor": _frame(keys, begins, tokens), **whole})
     backend = guarded(keys.source, lambda: tokenizers.Tokenizer.from_str(text))
     for wanted, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
         found = [token for token, its in zip(tokens, kinds, strict=True) if its in wanted]
+        if "" in found:
+            raise keys.refusal("tokens", f"token {tokens.index('')} is empty, and a special one", "TOKENIZER")
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
-    _frame(backend, keys, begins, tokens)
     return backend
 
 
@@ -128,19 +141,19 @@ def _model(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], **more:
     return {"type": "BPE", "vocab": dict(vocabulary), "merges": [list(pair) for pair in merges], **more}
 
 
-def _frame(backend: tokenizers.Tokenizer, keys: Keys, begins: bool, tokens: list[str]) -> None:
-    """Have the begin and end tokens added, where the file says so."""
-    single, special = ["$A:0"], []
-    for end, default, put in (("bos", begins, lambda piece: single.insert(0, piece)), ("eos", False, single.append)):
+def _frame(keys: Keys, begins: bool, tokens: list[str]) -> dict[str, Any] | None:
+    """What adds the begin and end tokens, where the file says so, as tokenizer.json spells it."""
+    pieces: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    special = {}
+    for end, default, place in (("bos", begins, 0), ("eos", False, 2)):
         if not keys.flag(f"add_{end}_token", default):
             continue
         number = keys.token_id(f"{end}_token_id", len(tokens))
         if number is None:
             raise keys.refusal(f"{end}_token_id", f"missing, although the {end} token is to be added", "MISSING")
-        put(f"{tokens[number]}:0")
-        special.append((tokens[number], number))
-    if special:
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        pieces.insert(place, {"SpecialToken": {"id": tokens[number], "type_id": 0}})
+        special[tokens[number]] = {"id": tokens[number], "ids": [number], "tokens": [tokens[number]]}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special} if special else None
 
 
 # ---- what decides the ids --------------------------------------------------------------------------------------------------------------
@@ -154,8 +167,9 @@ def parts(backend: tokenizers.Tokenizer) -> dict[str, Any]:
     if model.get("byte_fallback"):
         merges = _by_result(merges)
         words = None if normalizer == sentencepiece.normalizer(False) and words == NO_BLANKS_LEFT else words
+    vocabulary = model["vocab"] | {token["content"]: token["id"] for token in data["added_tokens"]}
     return {
-        "vocabulary": sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]),
+        "vocabulary": sorted(vocabulary.items(), key=lambda item: item[1]),
         "merges": merges,
         "added": sorted((token["id"], token["content"], token["special"]) for token in data["added_tokens"]),
         "normalizer": None if normalizer == {"type": "Sequence", "normalizers": []} else normalizer,
@@ -175,9 +189,9 @@ def _by_result(merges: list[str]) -> list[str]:
     return [merge for _, same in together for merge in sorted(same)]
 
 
-def digest(backend: tokenizers.Tokenizer) -> str:
-    """SHA-256 of :func:`parts`."""
-    return hashlib.sha256(json.dumps(parts(backend), sort_keys=True).encode()).hexdigest()
+def digest(data: dict[str, Any]) -> str:
+    """SHA-256 of what :func:`parts` returned."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def bare(part: Any) -> Any:

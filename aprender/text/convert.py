@@ -50,14 +50,15 @@ def gguf_metadata(folder: str | os.PathLike[str], vocab_size: int | None = None)
         return {}
     known = from_json(where)
     data = json.loads(known.backend.to_str())
+    mine = library.parts(known.backend)
     make = _sentencepiece if data["model"].get("byte_fallback") else _byte_level
-    said = make(data, known.backend, str(where))
+    said = make(data, mine, str(where))
     said |= _special(data, known.backend, Path(folder), known.eos_ids, str(where))
     if vocab_size is not None:
         _pad(said, vocab_size, str(where))
     if known.chat_template is not None:
         said[keys.GGUF_TEMPLATE] = known.chat_template
-    _compare(known.backend, said, str(where))
+    _compare(mine, said, str(where))
     return said
 
 
@@ -88,57 +89,59 @@ def _refusal(source: str, field: str, why: str) -> FormatError:
     return FormatError(f"{source}: {field}: {why}", code="UNSUPPORTED", path=source, field=field)
 
 
-def _byte_level(data: Mapping[str, Any], backend: tokenizers.Tokenizer, source: str) -> dict[str, Any]:
+def _byte_level(data: Mapping[str, Any], mine: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Kind, pre-tokenizer, tokens, types and merges."""
     model = data["model"]
-    name = _name(backend)
+    name = _name(mine)
     if name is None:
         raise _refusal(source, "pre_tokenizer", "its normalizer and words are those of no pre-tokenizer that GGUF has a name for here")
-    tokens, kinds = _tokens(data, backend, source)
+    tokens, kinds = _tokens(data, mine, source)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     found = {"model": BYTE_LEVEL, "pre": name, "tokens": tokens, "token_type": np.array(kinds, np.int32), "merges": merges}
     return {keys.GGUF + key: value for key, value in found.items()}
 
 
-def _sentencepiece(data: Mapping[str, Any], backend: tokenizers.Tokenizer, source: str) -> dict[str, Any]:
+def _sentencepiece(data: Mapping[str, Any], mine: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Kind, tokens, types, scores and what becomes of blanks."""
     prefix = data["normalizer"] == sentencepiece.normalizer(True)
     if not prefix and data["normalizer"] != sentencepiece.normalizer(False):
         raise _refusal(source, "normalizer", "it is not SentencePiece's, with or without a blank in front of each piece of text")
-    tokens, kinds = _tokens(data, backend, source)
+    tokens, kinds = _tokens(data, mine, source)
     kinds = [library.BYTE if token in sentencepiece.BYTES else its for token, its in zip(tokens, kinds, strict=True)]
-    unknown = backend.token_to_id(data["model"].get("unk_token") or "")
+    unknown = data["model"]["vocab"].get(data["model"].get("unk_token"))
     if unknown is not None:
         kinds[unknown] = library.UNKNOWN if kinds[unknown] == library.CONTROL else kinds[unknown]
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in data["model"]["merges"]]
     scores = np.array(sentencepiece.scores_of(pairs, tokens), np.float32)
     found = {"model": SENTENCEPIECE, "pre": "default", "tokens": tokens, "token_type": np.array(kinds, np.int32), "scores": scores}
-    found |= {"add_space_prefix": prefix} | ({} if unknown is None else {"unknown_token_id": int(unknown)})
+    found |= {"add_space_prefix": prefix} | ({} if unknown is None else {"unknown_token_id": unknown})
     return {keys.GGUF + key: value for key, value in found.items()}
 
 
-def _name(backend: tokenizers.Tokenizer) -> str | None:
-    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does."""
-    mine = library.parts(backend)
+def _name(mine: Mapping[str, Any]) -> str | None:
+    """The row of :data:`PRE_TOKENIZERS` that says what the tokenizer does, one that settles the normal form if there is."""
     wanted = mine["normalizer"], mine["words"], mine["ignore_merges"]
-    for name, rules in PRE_TOKENIZERS.items():
+    for name, rules in sorted(PRE_TOKENIZERS.items(), key=lambda row: row[1].nfc is None):
         if (rules.normalizer(), library.bare(rules.words()), rules.ignore_merges) == wanted:
             return name
     return None
 
 
-def _tokens(data: Mapping[str, Any], backend: tokenizers.Tokenizer, source: str) -> tuple[list[str], list[int]]:
+def _tokens(data: Mapping[str, Any], mine: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:
     """Tokens by id and their types; what no token has is called unused."""
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values(), default=-1) + 1
+    vocabulary = mine["vocabulary"]
+    size = vocabulary[-1][1] + 1 if vocabulary else 0
     tokens, kinds = [f"[PAD{number}]" for number in range(size)], [library.UNUSED] * size
-    for token, number in vocabulary.items():
+    for token, number in vocabulary:
         tokens[number], kinds[number] = token, library.NORMAL
-    for token in data["added_tokens"]:
-        odd = [flag for flag in ("single_word", "lstrip", "rstrip") if token[flag]]
+    for added in data["added_tokens"]:
+        odd = [flag for flag in ("single_word", "lstrip", "rstrip") if added[flag]]
         if odd:
-            raise _refusal(source, "added_tokens", f"{token['content'][:64]!r} has {odd[0]} set, which metadata have no room for")
-        kinds[token["id"]] = library.CONTROL if token["special"] else library.USER_DEFINED
+            raise _refusal(source, "added_tokens", f"{added['content'][:64]!r} has {odd[0]} set, which metadata have no room for")
+        if added["normalized"] and data["normalizer"] not in (None, {"type": "NFC"}):
+            why = f"{added['content'][:64]!r} is looked for in the normalized text; metadata mean the text as it is"
+            raise _refusal(source, "added_tokens", why)
+        kinds[added["id"]] = library.CONTROL if added["special"] else library.USER_DEFINED
     return tokens, kinds
 
 
@@ -157,27 +160,19 @@ def _pad(said: dict[str, Any], size: int, source: str) -> None:
 
 def _special(data: Mapping[str, Any], backend: tokenizers.Tokenizer, folder: Path, eos_ids: frozenset[int], source: str) -> dict[str, Any]:
     """Ids with a meaning, and whether the ends of a text are added."""
-    from aprender.text import json_object
+    from aprender.text import NAMED, json_object, token_text
 
     config = json_object(folder / "tokenizer_config.json")
     said: dict[str, Any] = {}
-    for key, name in (("bos_token_id", "bos_token"), ("eos_token_id", "eos_token"), ("padding_token_id", "pad_token")):
-        found = _named(config, name, backend)
+    for name, key in NAMED.items():
+        found = backend.token_to_id(token_text(config, name) or "")
         if found is not None:
-            said[key] = found
+            said[key] = int(found)
     first, last = _frame(backend, source)
     said["add_bos_token"], said["add_eos_token"] = first is not None, last is not None
     said |= {key: token for key, token in (("bos_token_id", first), ("eos_token_id", last)) if token is not None}
     said |= _ends(said.get("eos_token_id"), eos_ids, backend, source)
     return {keys.GGUF + key: value for key, value in said.items()}
-
-
-def _named(config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer) -> int | None:
-    """The id of a token that tokenizer_config.json names, as text or as an object."""
-    said = config.get(name)
-    text = said.get("content") if isinstance(said, dict) else said
-    found = backend.token_to_id(text) if isinstance(text, str) else None
-    return None if found is None else int(found)
 
 
 def _frame(backend: tokenizers.Tokenizer, source: str) -> tuple[int | None, int | None]:
@@ -204,9 +199,9 @@ def _ends(eos: int | None, eos_ids: frozenset[int], backend: tokenizers.Tokenize
     return dict(zip(names, rest, strict=False))
 
 
-def _compare(backend: tokenizers.Tokenizer, said: Mapping[str, Any], source: str) -> None:
+def _compare(mine: Mapping[str, Any], said: Mapping[str, Any], source: str) -> None:
     """Refuse metadata that would be read as another tokenizer."""
-    mine, theirs = library.parts(backend), library.parts(library.build(keys.Keys(said, source)))
+    theirs = library.parts(library.build(keys.Keys(said, source)))
     for part, value in mine.items():
         if theirs[part] != value:
             raise _refusal(source, part, "metadata cannot say it: read back, it is another")

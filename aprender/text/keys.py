@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from aprender.errors import ConfigError, Error, FormatError
+from aprender.text.words import BYTE_LEVEL
 
 GGUF = "tokenizer.ggml."
 """Prefix of GGUF's tokenizer keys."""
@@ -64,6 +65,18 @@ class Keys:
     def name(self, key: str) -> str:
         """The key as the file spells it."""
         return GGUF + key if self._spelling is None else self._spelling.get(key, "tokenizer." + key)
+
+    @property
+    def is_apr(self) -> bool:
+        """The metadata are those of an APR file."""
+        return self._spelling is not None
+
+    def kind(self) -> Any:
+        """The kind of vocabulary as GGUF names it; APR files of other writers call byte-level BPE "bpe" or leave it to the merges."""
+        said = self.get("model")
+        if self.is_apr and (said is None or str(said).lower() == "bpe"):
+            return BYTE_LEVEL if self.get("merges") is not None and self.get("scores") is None else said
+        return said
 
     def get(self, key: str) -> Any:
         """The value, None if the file has none."""

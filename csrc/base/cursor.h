@@ -6,7 +6,7 @@
 #define AP_CURSOR_H
 #include <stddef.h>
 #include <stdint.h>
-typedef struct { const uint8_t *base; uint64_t len, pos; } ap_cur;
+typedef struct { const uint8_t *base; uint64_t len, pos, whole; } ap_cur;  /* whole: bytes of the file, of which the first len are here; 0: no matter */
 typedef struct { const char *p; uint64_t n; } ap_str;           /* not NUL-terminated; points into memory that the file owns */
 static inline uint64_t ap_left(const ap_cur *c) { return c->len - c->pos; }
 int ap_u8 (ap_cur *c, uint8_t  *out);

@@ -4,6 +4,12 @@
 */
 #ifndef AP_TIERS_H
 #define AP_TIERS_H
+/* clang before 19 does not know the word; there is no CPU with AVX2 and without it. */
+#if defined(__clang__) && __clang_major__ < 19
+#define AP_CPU_F16C 1
+#else
+#define AP_CPU_F16C __builtin_cpu_supports("f16c")
+#endif
 typedef enum {
 #define T(name, cond) AP_TIER_##name,
 #include "tiers.def"

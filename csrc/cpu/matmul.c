@@ -13,13 +13,13 @@ typedef struct {
 } matmul_job;
 
 /* Rows first .. first + CPU_GROUP - 1 as float32; past the end the last one again, its result is not stored. */
-static void matmul_rows(const ap_weight *w, int first, float *scratch, const float *row[CPU_GROUP]) {
+static void matmul_rows(const ap_weight *w, int tier, int first, float *scratch, const float *row[CPU_GROUP]) {
     for (int r = 0; r < CPU_GROUP; r++) {
         int64_t n = ap_weight_row_at(w, first + r < w->rows ? first + r : w->rows - 1);
         const float *floats = (const float *)(const void *)w->data;
         if (w->fmt == &ap_formats[AP_F_F32] && ((uintptr_t)floats & 3) == 0) { row[r] = floats + n * w->cols; continue; }
         float *dst = scratch + (size_t)r * (size_t)w->cols;
-        ap_format_row(w->fmt, w->data, w->cols, n, dst);
+        ap_format_row_fast(w->fmt, tier, w->data, w->cols, n, dst);
         row[r] = dst;
     }
 }
@@ -28,7 +28,7 @@ static void matmul_piece(void *ctx, int first, int last, float *scratch) {
     const matmul_job *j = ctx;
     for (int n = first; n < last; n += CPU_GROUP) {
         const float *row[CPU_GROUP];
-        matmul_rows(j->w, n, scratch, row);
+        matmul_rows(j->w, j->d->o.tier, n, scratch, row);
         int live = last - n < CPU_GROUP ? last - n : CPU_GROUP;
         for (int t = 0; t < j->T; t++) {
             float y[CPU_GROUP];

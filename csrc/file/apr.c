@@ -54,7 +54,7 @@ static int apr_flags(const apr_head *h, ap_err *e) {
 }
 
 static int apr_header(ap_file *f, apr_head *h, ap_err *e) {
-    ap_cur c = { f->p, f->n, 4 };
+    ap_cur c = { f->p, f->have, 4, f->n };
     uint8_t major, minor;
     uint32_t crc;
     if (f->n < APR_HEADER) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "the file has %llu bytes, the header takes %d", (unsigned long long)f->n, (int)APR_HEADER);
@@ -84,6 +84,7 @@ static int apr_places(const ap_file *f, const apr_head *h, uint64_t *end, ap_err
     if (h->index > f->n || h->index < APR_HEADER)
         return ap_fail_at(e, AP_OFFSET, 24, "tensor_index_offset", "the index lies at %llu, the file has %llu bytes and a header of %d", (unsigned long long)h->index, n, (int)APR_HEADER);
     if (h->index < *end) return ap_fail_at(e, AP_OVERLAP, 24, "tensor_index_offset", "the index lies at %llu, the metadata reach to %llu", (unsigned long long)h->index, (unsigned long long)*end);
+    if (h->data <= f->n && h->data > f->have) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->have, NULL, "the index goes on");      /* file.c reads on */
     if (h->data > f->n || h->data < h->index)
         return ap_fail_at(e, AP_OFFSET, 32, "data_offset", "the data lie at %llu, the index at %llu, the file has %llu bytes", (unsigned long long)h->data, (unsigned long long)h->index, n);
     return AP_OK;
@@ -91,9 +92,9 @@ static int apr_places(const ap_file *f, const apr_head *h, uint64_t *end, ap_err
 
 /* Bytes from..to may only be padding: less than `most` zeros. */
 static int apr_padding(const ap_file *f, uint64_t from, uint64_t to, uint64_t most, const char *before, ap_err *e) {
-    uint64_t i = from;
-    while (i < to && !f->p[i]) i++;
-    if (i == to && to - from < most) return AP_OK;
+    uint64_t odd = from;
+    if (to - from < most) AP_TRY(ap_file_zeros(f, from, to, &odd, e));
+    if (odd == to) return AP_OK;
     return ap_fail_at(e, AP_GAP, (int64_t)from, NULL, "%llu bytes before %s belong to nothing (fewer than %llu zeros may pad)", (unsigned long long)(to - from), before, (unsigned long long)most);
 }
 
@@ -147,7 +148,7 @@ static int apr_entry(ap_file *f, ap_cur *c, ap_tensor *t, ap_err *e) {
 
 /* Looks ahead before it takes memory, as in gguf.c. */
 static int apr_index(ap_file *f, const apr_head *h, ap_err *e) {
-    ap_cur c = { f->p, h->data, h->index }, ahead = c;
+    ap_cur c = { f->p, h->data, h->index, f->n }, ahead = c;
     int64_t dim[APR_DIMS];
     uint64_t dims = 0;
     for (uint32_t i = 0; i < h->tensors; i++) {
@@ -180,7 +181,7 @@ static int apr_place(ap_file *f, ap_tensor *t, uint64_t data, ap_err *e) {
         return ap_fail_at(e, AP_OFFSET, -1, name, "tensor '%s' needs %llu bytes at offset %llu, the data section has %llu", name, (unsigned long long)t->bytes, (unsigned long long)t->offset, (unsigned long long)(f->n - data));
     if (t->offset % APR_ALIGN) ap_file_note(f, "tensor '%.100s' is not aligned to %d bytes", name, (int)APR_ALIGN);
     t->offset = at;
-    t->data = f->p + at;
+    if (!f->src) t->data = f->p + at;
     return AP_OK;
 }
 
@@ -261,14 +262,29 @@ int ap_apr_parse(ap_file *f, ap_err *e) {
     return apr_data(f, &h, e);
 }
 
+/* Of the first n bytes, piece by piece: the file need not fit into memory. */
+static int apr_crc(const ap_file *f, uint64_t n, uint32_t *crc, ap_err *e) {
+    enum { PIECE = 1 << 20 };
+    uint8_t *piece = ap_alloc(PIECE, 1);
+    int rc = piece ? AP_OK : ap_fail(e, AP_MEMORY, "no memory to read the file");
+    *crc = 0;
+    for (uint64_t at = 0; !rc && at < n; at += PIECE) {
+        uint64_t k = n - at < PIECE ? n - at : PIECE;
+        rc = ap_file_peek(f, at, piece, k, e);
+        if (!rc) *crc = ap_crc32(*crc, piece, k);
+    }
+    ap_free(piece);
+    return rc;
+}
+
 int ap_apr_verify(const ap_file *f, int *checked, ap_err *e) {
-    uint32_t said;
+    uint32_t said, found;
     uint64_t end = APR_HEADER, aligned;
     for (int i = 0; i < f->nt; i++) if (f->t[i].offset + f->t[i].bytes > end) end = f->t[i].offset + f->t[i].bytes;
     *checked = ap_align_ok(end, APR_ALIGN, &aligned) && f->n >= aligned + APR_FOOTER;
     if (!*checked) return AP_OK;
-    memcpy(&said, f->p + f->n - APR_FOOTER, sizeof said);
-    uint32_t found = ap_crc32(0, f->p, f->n - APR_FOOTER);
+    AP_TRY(ap_file_peek(f, f->n - APR_FOOTER, &said, sizeof said, e));
+    AP_TRY(apr_crc(f, f->n - APR_FOOTER, &found, e));
     if (found == said) return AP_OK;
     return ap_fail_at(e, AP_CHECKSUM, (int64_t)(f->n - APR_FOOTER), "footer", "the CRC of the file is %08x, its end says %08x: the file is damaged", (unsigned)found, (unsigned)said);
 }

@@ -7,6 +7,7 @@
 #include "../base/mem.h"
 #include "../base/num.h"
 #include "aprt.h"
+#include "bytes.h"
 #include "file.h"
 
 /* Would the count fit if its bytes were turned round?  Then a big-endian machine wrote the file. */
@@ -16,7 +17,7 @@ static const char *aprt_hint(uint32_t count, uint64_t left) {
 }
 
 int ap_aprt_parse(ap_aprt *out, const uint8_t *p, uint64_t n, ap_err *e) {
-    ap_cur c = { p, n, 0 };
+    ap_cur c = { p, n, 0, n };
     const uint8_t *magic;
     uint32_t layer, count;
     uint64_t want;
@@ -42,7 +43,7 @@ int ap_aprt_parse(ap_aprt *out, const uint8_t *p, uint64_t n, ap_err *e) {
 int ap_aprt_read(ap_aprt *out, const char *path, ap_err *e) {
     uint8_t *p = NULL;
     uint64_t n = 0;
-    AP_TRY(ap_file_read_whole(path, AP_APRT_HEADER + (uint64_t)UINT32_MAX * sizeof(float), &p, &n, e));
+    AP_TRY(ap_read_whole(path, AP_APRT_HEADER + (uint64_t)UINT32_MAX * sizeof(float), &p, &n, e));
     int rc = ap_aprt_parse(out, p, n, e);
     if (rc) ap_free(p);
     else out->memory = p;

@@ -1,19 +1,18 @@
 /*
-** file.c: a path becomes bytes that we own, a container that understands them, and lookups; several files of one model become one.  It refuses what is not a
-** regular file, what changes while it is read, names inside files that lead out of the folder, and bytes that no row of containers.def claims; it never
-** interprets a byte itself.  plan/model.c and py/file.c open and look up here; the
-** parsers use the helpers at the end.
+** file.c: a path becomes a container that understands its bytes, an index, and lookups; several files of one model become one.  Of a large file only the part
+** that describes it is read at first; a tensor's bytes come when somebody wants them.  It refuses names inside files that lead out of the folder, and bytes
+** that no row of containers.def claims; it never interprets a byte itself.  plan/model.c and py/file.c open and look up here; the parsers use the helpers at
+** the end.
 */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #include "../base/mem.h"
 #include "../base/num.h"
+#include "bytes.h"
 #include "file.h"
 
 #define C(name, verify) int ap_##name##_sniff(const uint8_t *p, uint64_t n); int ap_##name##_parse(ap_file *f, ap_err *e);
@@ -25,95 +24,6 @@ const ap_container ap_containers[] = {
 };
 const int ap_containers_n = sizeof ap_containers / sizeof *ap_containers;
 
-/* --- bytes ----------------------------------------------------------------------------------------------------------------------------- */
-
-static int file_memory(uint64_t bytes, ap_err *e) { return ap_fail(e, AP_MEMORY, "no memory for %llu bytes", (unsigned long long)bytes); }
-
-/* %m is errno in words; unlike strerror it needs no shared buffer. */
-static int file_io(const char *doing, const char *path, ap_err *e) {
-    char shown[132];
-    int sys = errno;
-    ap_show(shown, path, strlen(path));
-    errno = sys;
-    e->sys = sys;
-    return ap_fail(e, AP_IO, "cannot %s '%s': %m", doing, shown);
-}
-
-/* O_NONBLOCK so that a FIFO opens at once and can be refused; it means nothing for regular files. */
-static int file_descriptor(const char *path, int *fd, struct stat *st, ap_err *e) {
-    do *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); while (*fd < 0 && errno == EINTR);
-    if (*fd < 0) return file_io("open", path, e);
-    if (!fstat(*fd, st)) return AP_OK;
-    int rc = file_io("look at", path, e);
-    close(*fd);
-    return rc;
-}
-
-static int file_same(const struct stat *a, const struct stat *b) {
-    return a->st_size == b->st_size && a->st_ino == b->st_ino && a->st_dev == b->st_dev
-        && a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
-}
-
-typedef struct { uint8_t *p; uint64_t n; } file_buf;
-
-static int file_fill(int fd, const char *path, file_buf b, ap_err *e) {
-    enum { PIECE = 1 << 30 };                   /* Linux reads at most 0x7ffff000 bytes in one call */
-    for (uint64_t got = 0; got < b.n; ) {
-        ssize_t k = pread(fd, b.p + got, (size_t)(b.n - got < PIECE ? b.n - got : PIECE), (off_t)got);
-        if (k < 0 && errno == EINTR) continue;
-        if (k < 0) return file_io("read", path, e);
-        if (k == 0) return ap_fail_at(e, AP_CHANGED, (int64_t)got, NULL, "the file shrank from %llu to %llu bytes while it was read", (unsigned long long)b.n, (unsigned long long)got);
-        got += (uint64_t)k;
-    }
-    return AP_OK;
-}
-
-/* The whole of fd, with a zero byte after it; st is what fstat said before. */
-static int file_bytes(int fd, const struct stat *st, const char *path, uint64_t limit, file_buf *out, ap_err *e) {
-    char shown[132];
-    struct stat after;
-    file_buf b = { NULL, (uint64_t)st->st_size };
-    uint64_t room;
-    ap_show(shown, path, strlen(path));
-    if (!S_ISREG(st->st_mode)) return ap_fail(e, AP_NOT_REGULAR, "'%s' is not a regular file", shown);
-    if (b.n > limit) return ap_fail(e, AP_LIMIT, "'%s' has %llu bytes, at most %llu are read", shown, (unsigned long long)b.n, (unsigned long long)limit);
-    if (!ap_add_ok(b.n, 1, &room) || !(b.p = ap_alloc(room, 1))) return file_memory(b.n, e);
-    int rc = file_fill(fd, path, b, e);
-    if (!rc && fstat(fd, &after)) rc = file_io("look at", path, e);
-    if (!rc && !file_same(st, &after)) rc = ap_fail(e, AP_CHANGED, "'%s' was written to while it was read", shown);
-    if (rc) ap_free(b.p);
-    else *out = b;
-    return rc;
-}
-
-static int file_read(const char *path, uint64_t limit, file_buf *out, ap_err *e) {
-    struct stat st;
-    int fd;
-    AP_TRY(file_descriptor(path, &fd, &st, e));
-    int rc = file_bytes(fd, &st, path, limit, out, e);
-    close(fd);
-    return rc;
-}
-
-int ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e) {
-    file_buf b = { NULL, 0 };
-    AP_TRY(file_read(path, limit, &b, e));
-    *p = b.p;
-    *n = b.n;
-    return AP_OK;
-}
-
-/* The first n bytes of folder, a slash if it lacks one, and a name: the caller's to free, NULL without memory. */
-static char *file_join(const char *folder, size_t n, const char *name) {
-    size_t m = strlen(name), slash = n && folder[n - 1] != '/';
-    char *path = ap_alloc(n + slash + m + 1, 1);
-    if (!path) return NULL;
-    memcpy(path, folder, n);
-    if (slash) path[n] = '/';
-    memcpy(path + n + slash, name, m);
-    return path;
-}
-
 /* --- opening --------------------------------------------------------------------------------------------------------------------------- */
 
 /* What a folder stands for, in this order. */
@@ -123,7 +33,7 @@ static const char *const file_models[] = { "model.safetensors", "model.safetenso
 static int file_in_folder(const char *folder, char **path, ap_err *e) {
     char shown[132];
     for (size_t i = 0; i < sizeof file_models / sizeof *file_models; i++) {
-        if (!(*path = file_join(folder, strlen(folder), file_models[i]))) return file_memory(strlen(folder), e);
+        if (!(*path = ap_path_join(folder, strlen(folder), file_models[i]))) return ap_no_memory(strlen(folder), e);
         if (!access(*path, F_OK) || errno != ENOENT) return AP_OK;
         ap_free(*path);
         *path = NULL;
@@ -133,33 +43,37 @@ static int file_in_folder(const char *folder, char **path, ap_err *e) {
                    ap_show(shown, folder, strlen(folder)));
 }
 
-/* Sets f->path and reads the model's bytes. */
-static int file_load(ap_file *f, const char *path, ap_err *e) {
-    struct stat st;
-    file_buf b = { NULL, 0 };
-    int fd, rc = AP_OK;
-    AP_TRY(file_descriptor(path, &fd, &st, e));
-    int folder = S_ISDIR(st.st_mode);
-    if (folder) rc = file_in_folder(path, &f->path, e);
-    else if (!(f->path = file_join("", 0, path))) rc = file_memory(strlen(path), e);
-    else rc = file_bytes(fd, &st, path, UINT64_MAX, &b, e);
-    close(fd);
-    if (!rc && folder) rc = file_read(f->path, UINT64_MAX, &b, e);
-    f->p = b.p;
-    f->n = b.n;
-    return rc;
+/* The first `have` bytes of f, and a zero byte after them. */
+static int file_have(ap_file *f, uint64_t have, ap_err *e) {
+    uint8_t *p = ap_alloc(have + 1, 1);
+    if (!p) return ap_no_memory(have, e);
+    int rc = ap_source_read(f->src, 0, p, have, e);
+    if (rc) { ap_free(p); return rc; }
+    ap_free((void *)f->p);                      /* const for everybody else */
+    f->p = p;
+    f->have = have;
+    return AP_OK;
+}
+
+/* A small file is read whole and closed; of a large one its beginning, where it describes itself. */
+static int file_load(ap_file *f, ap_err *e) {
+    f->n = ap_source_size(f->src);
+    AP_TRY(file_have(f, f->n < AP_FILE_WHOLE ? f->n : AP_FILE_WHOLE, e));
+    if (f->have < f->n) return AP_OK;
+    ap_source_close(f->src);
+    f->src = NULL;
+    return AP_OK;
 }
 
 int ap_file_beside(const ap_file *f, const char *name, char **p, uint64_t *n, ap_err *e) {
-    file_buf b = { NULL, 0 };
+    uint8_t *bytes = NULL;
     if (!f->path) return AP_OK;                 /* opened from memory: it stands beside nothing */
     const char *slash = strrchr(f->path, '/');
-    char *path = file_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, name);
-    if (!path) return file_memory(strlen(f->path), e);
-    int rc = access(path, F_OK) && errno == ENOENT ? AP_OK : file_read(path, AP_LIMIT_HEADER, &b, e);
+    char *path = ap_path_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, name);
+    if (!path) return ap_no_memory(strlen(f->path), e);
+    int rc = access(path, F_OK) && errno == ENOENT ? AP_OK : ap_read_whole(path, AP_LIMIT_HEADER, &bytes, n, e);
     ap_free(path);
-    *p = (char *)b.p;
-    *n = b.n;
+    *p = (char *)bytes;
     return rc;
 }
 
@@ -171,7 +85,7 @@ static int file_kind(ap_file *f, ap_err *e) {
     if (file_begins(f, "version https://git-lfs"))
         return ap_fail_at(e, AP_BAD_MAGIC, 0, NULL, "this is a Git LFS pointer of %llu bytes, not the model: fetch it with 'git lfs pull'", (unsigned long long)f->n);
     for (int i = 0; i < ap_containers_n; i++)
-        if (ap_containers[i].sniff(f->p, f->n)) { f->kind = &ap_containers[i]; return AP_OK; }
+        if (ap_containers[i].sniff(f->p, f->have)) { f->kind = &ap_containers[i]; return AP_OK; }
     const char *dot = f->path ? strrchr(f->path, '.') : NULL;
     for (int i = 0; dot && i < ap_containers_n; i++)
         if (!strcmp(dot + 1, ap_containers[i].name)) { f->kind = &ap_containers[i]; return AP_OK; }
@@ -182,9 +96,72 @@ static int file_kind(ap_file *f, ap_err *e) {
         , ap_show(shown, (const char *)f->p, 8));
 }
 
+/* What parsing leaves, so that it can begin again. */
+static void file_forget(ap_file *f) {
+    void *all[] = { f->text, f->kv_text, f->t, f->dims, f->kv, f->by_name };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) ap_free(all[i]);
+    f->text = f->kv_text = NULL;
+    f->t = NULL;
+    f->dims = NULL;
+    f->kv = NULL;
+    f->by_name = NULL;
+    f->nt = f->nkv = f->nnotes = 0;
+    f->text_n = f->ndims = 0;
+}
+
+/* A file that ends too early for its description may only have been read too little: then twice as much is read, up to the most that may describe a model. */
 static int file_parse(ap_file *f, ap_err *e) {
+    const uint64_t most = (uint64_t)AP_LIMIT_METADATA + AP_FILE_WHOLE;
     if (!f->kind) AP_TRY(file_kind(f, e));
-    return f->kind->parse(f, e);
+    for (;;) {
+        int rc = f->kind->parse(f, e);
+        uint64_t have = f->n - f->have > f->have ? 2 * f->have : f->n;
+        if (rc != AP_TRUNCATED || !f->src || f->nshard || f->have >= f->n || have > most) return rc;
+        file_forget(f);
+        *e = (ap_err)AP_ERR_INIT;
+        AP_TRY(file_have(f, have, e));
+    }
+}
+
+/* --- bytes ----------------------------------------------------------------------------------------------------------------------------- */
+
+int ap_file_peek(const ap_file *f, uint64_t at, void *p, uint64_t n, ap_err *e) {
+    if (at > f->have || n > f->have - at) return ap_source_read(f->src, at, p, n, e);
+    if (n) memcpy(p, f->p + at, (size_t)n);
+    return AP_OK;
+}
+
+int ap_file_zeros(const ap_file *f, uint64_t from, uint64_t to, uint64_t *odd, ap_err *e) {
+    uint8_t piece[512];
+    for (*odd = from; from < to; ) {
+        uint64_t n = to - from < sizeof piece ? to - from : sizeof piece;
+        AP_TRY(ap_file_peek(f, from, piece, n, e));
+        for (uint64_t i = 0; i < n; i++, (*odd)++) if (piece[i]) return AP_OK;
+        from += n;
+    }
+    return AP_OK;
+}
+
+static int file_fetch(const ap_file *home, ap_tensor *t, ap_err *e) {
+    uint8_t *p = ap_alloc(t->bytes, 1);
+    if (!p) return ap_no_memory(t->bytes, e);
+    int rc = ap_source_read(home->src, t->offset, p, t->bytes, e);
+    if (rc) ap_free(p);
+    else t->data = t->own = p;
+    return rc;
+}
+
+int ap_file_data(const ap_file *f, const ap_tensor *wanted, const uint8_t **data, ap_err *e) {
+    const ap_file *home = wanted->part ? f->shard[wanted->part - 1] : f;
+    ap_tensor *t = (ap_tensor *)(uintptr_t)wanted;      /* const for everybody else; the lock makes it safe */
+    int rc = AP_OK;
+    if (home->src) {
+        ap_source_lock(home->src);
+        if (!t->data) rc = file_fetch(home, t, e);
+        ap_source_unlock(home->src);
+    }
+    *data = t->data;
+    return rc;
 }
 
 /* --- shards ---------------------------------------------------------------------------------------------------------------------------- */
@@ -197,43 +174,10 @@ int ap_file_plain_name(ap_str s, int64_t at, ap_err *e) {
     return ap_fail_at(e, AP_PATH, at, shown, "the file name '%s' is not a plain name: files of a model lie side by side in one folder", shown);
 }
 
-/* The cache of the Hugging Face hub keeps each file as ../../blobs/<hash>: the one symbolic link that is followed, and only to a plain name there. */
-static int file_hub_blob(const char *link) {
-    static const char blobs[] = "../../blobs/";
-    const char *name = link + sizeof blobs - 1;
-    return !strncmp(link, blobs, sizeof blobs - 1) && *name && !strchr(name, '/') && name[0] != '.';
-}
-
-static int file_shard_descriptor(const char *path, int *fd, ap_err *e) {
-    char link[512], shown[132];
-    const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW;
-    ap_show(shown, path, strlen(path));
-    do *fd = open(path, flags); while (*fd < 0 && errno == EINTR);
-    if (*fd >= 0) return AP_OK;
-    if (errno == ENOENT) return ap_fail_at(e, AP_MISSING, -1, shown, "the file '%s' of this model is missing", shown);
-    if (errno != ELOOP) return file_io("open", path, e);
-    ssize_t n = readlink(path, link, sizeof link - 1);
-    link[n < 0 ? 0 : n] = 0;
-    if (!file_hub_blob(link)) return ap_fail_at(e, AP_PATH, -1, shown, "'%s' is a symbolic link, which is not followed: it may lead out of the folder", shown);
-    const char *slash = strrchr(path, '/');
-    char *blob = file_join(path, slash ? (size_t)(slash - path) + 1 : 0, link);
-    if (!blob) return file_memory(sizeof link, e);
-    do *fd = open(blob, flags); while (*fd < 0 && errno == EINTR);
-    int rc = *fd < 0 ? file_io("open", blob, e) : AP_OK;
-    ap_free(blob);
-    return rc;
-}
-
 static int file_shard_read(ap_file *s, ap_err *e) {
-    struct stat st;
-    file_buf b = { NULL, 0 };
-    int fd;
-    AP_TRY(file_shard_descriptor(s->path, &fd, e));
-    int rc = fstat(fd, &st) ? file_io("look at", s->path, e) : file_bytes(fd, &st, s->path, UINT64_MAX, &b, e);
-    close(fd);
-    s->p = b.p;
-    s->n = b.n;
-    return rc ? rc : file_parse(s, e);
+    AP_TRY(ap_source_open_link(&s->src, s->path, e));
+    AP_TRY(file_load(s, e));
+    return file_parse(s, e);
 }
 
 /* What goes wrong inside a shard is told with its name. */
@@ -245,19 +189,20 @@ static int file_shard_fails(int rc, ap_str name, ap_err *e) {
 }
 
 int ap_file_open_shard(ap_file *f, ap_str name, ap_err *e) {
-    char plain[256];
+    char plain[256], shown[132];
     AP_TRY(ap_file_plain_name(name, -1, e));
+    ap_show(shown, name.p, name.n);
     snprintf(plain, sizeof plain, "%.*s", (int)name.n, name.p);
-    if (!f->path) return ap_fail_at(e, AP_MISSING, -1, plain, "a model in several files cannot be read from memory: '%.100s' is missing", plain);
+    if (!f->path) return ap_fail_at(e, AP_MISSING, -1, shown, "a model in several files cannot be read from memory: '%s' is missing", shown);
     ap_file *s = ap_alloc(1, sizeof *s), **more = ap_grow(f->shard, (uint64_t)f->nshard, (uint64_t)f->nshard + 1, sizeof *more);
     if (more) f->shard = more;
-    if (!s || !more) { ap_free(s); return file_memory(sizeof *s, e); }
+    if (!s || !more) { ap_free(s); return ap_no_memory(sizeof *s, e); }
     f->shard[f->nshard++] = s;
     const char *slash = strrchr(f->path, '/');
     s->is_shard = 1;
     s->kind = f->kind;
-    s->path = file_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, plain);
-    int rc = s->path ? file_shard_read(s, e) : file_memory(strlen(f->path), e);
+    s->path = ap_path_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, plain);
+    int rc = s->path ? file_shard_read(s, e) : ap_no_memory(strlen(f->path), e);
     return rc ? file_shard_fails(rc, name, e) : AP_OK;
 }
 
@@ -266,7 +211,7 @@ int ap_file_adopt(ap_file *f, ap_err *e) {
     for (int i = 0; i < f->nshard; i++) total += (uint64_t)f->shard[i]->nt;
     if (total > AP_LIMIT_TENSORS) return ap_fail(e, AP_LIMIT, "the files hold %llu tensors, at most %u are read", (unsigned long long)total, (unsigned)AP_LIMIT_TENSORS);
     ap_tensor *all = ap_grow(f->t, (uint64_t)f->nt, total, sizeof *all);
-    if (!all) return file_memory(total * sizeof *all, e);
+    if (!all) return ap_no_memory(total * sizeof *all, e);
     f->t = all;
     for (int i = 0; i < f->nshard; i++)
         for (int k = 0; k < f->shard[i]->nt; k++) {
@@ -294,12 +239,18 @@ static int file_done(ap_file **out, ap_file *f, int rc) {
     return rc;
 }
 
+static int file_open(ap_file *f, const char *path, ap_err *e) {
+    if (ap_is_folder(path)) AP_TRY(file_in_folder(path, &f->path, e));
+    else if (!(f->path = ap_path_join("", 0, path))) return ap_no_memory(strlen(path), e);
+    AP_TRY(ap_source_open(&f->src, f->path, e));
+    AP_TRY(file_load(f, e));
+    return file_parse(f, e);
+}
+
 int ap_file_open(ap_file **out, const char *path, ap_err *e) {
     *out = NULL;
     ap_file *f = ap_alloc(1, sizeof *f);
-    if (!f) return file_memory(sizeof *f, e);
-    int rc = file_load(f, path, e);
-    return file_done(out, f, rc ? rc : file_parse(f, e));
+    return f ? file_done(out, f, file_open(f, path, e)) : ap_no_memory(sizeof *f, e);
 }
 
 static void *file_copy(const void *p, uint64_t n) {
@@ -312,13 +263,13 @@ static void *file_copy(const void *p, uint64_t n) {
 int ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_container *kind, const char *config, uint64_t config_n, ap_err *e) {
     *out = NULL;
     ap_file *f = ap_alloc(1, sizeof *f);
-    if (!f) return file_memory(sizeof *f, e);
+    if (!f) return ap_no_memory(sizeof *f, e);
     f->kind = kind;
     f->p = file_copy(p, n);
-    f->n = n;
+    f->n = f->have = n;
     if (config) f->config = file_copy(config, config_n);
     f->config_n = config ? config_n : 0;
-    if (!f->p || (config && !f->config)) return file_done(out, f, file_memory(n, e));
+    if (!f->p || (config && !f->config)) return file_done(out, f, ap_no_memory(n, e));
     return file_done(out, f, file_parse(f, e));
 }
 
@@ -329,17 +280,14 @@ int ap_file_verify(const ap_file *f, int *checked, ap_err *e) {
 
 void ap_file_close(ap_file *f) {
     if (!f) return;
+    for (int i = 0; i < f->nt; i++) ap_free(f->t[i].own);
     for (int i = 0; i < f->nshard; i++) ap_file_close(f->shard[i]);
+    file_forget(f);
+    ap_source_close(f->src);
     ap_free(f->shard);
     ap_free(f->path);
     ap_free((void *)f->p);                      /* const for everybody else */
     ap_free(f->config);
-    ap_free(f->text);
-    ap_free(f->kv_text);
-    ap_free(f->t);
-    ap_free(f->dims);
-    ap_free(f->kv);
-    ap_free(f->by_name);
     ap_free(f);
 }
 
@@ -424,13 +372,13 @@ void ap_file_keep(ap_file *f, const ap_tensor *t) {
 
 int ap_file_index(ap_file *f, ap_err *e) {
     int *order = ap_alloc((uint64_t)f->nkv, sizeof *order);
-    if (!order) return file_memory((uint64_t)f->nkv * sizeof *order, e);
+    if (!order) return ap_no_memory((uint64_t)f->nkv * sizeof *order, e);
     int key = ap_file_twice(f->kv, f->nkv, sizeof *f->kv, order), rc = AP_OK;
     if (key) rc = file_refuse_twice(f, "key", f->kv[order[key]].key, e);
     ap_free(order);
     if (rc) return rc;
     f->by_name = ap_alloc((uint64_t)f->nt, sizeof *f->by_name);
-    if (!f->by_name) return file_memory((uint64_t)f->nt * sizeof *f->by_name, e);
+    if (!f->by_name) return ap_no_memory((uint64_t)f->nt * sizeof *f->by_name, e);
     int name = ap_file_twice(f->t, f->nt, sizeof *f->t, f->by_name);
     return name ? file_refuse_twice(f, "tensor", f->t[f->by_name[name]].name, e) : AP_OK;
 }

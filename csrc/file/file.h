@@ -16,7 +16,7 @@ typedef struct {
     int nd;
     int part;                       /* 0: this file; i: its shard i - 1     */
     int64_t *dim;                   /* outermost first, whatever the file says: a weight is [out, in] */
-    const uint8_t *data;
+    const uint8_t *data; uint8_t *own;      /* NULL while the bytes are on disk: ap_file_data brings them */
     uint64_t bytes;
     uint64_t offset;                /* of data in the file, or in the shard */
 } ap_tensor;
@@ -37,7 +37,8 @@ typedef struct { const char *name; int (*sniff)(const uint8_t *p, uint64_t n); i
 struct ap_file {
     const ap_container *kind;
     char *path;                     /* as opened: the .gguf file, the .safetensors file; for a folder, its model.safetensors */
-    const uint8_t *p; uint64_t n;   /* all bytes of the file   */
+    const uint8_t *p; uint64_t have, n;         /* the first `have` of the file's n bytes: all of a small file, of a large one those that describe it */
+    struct ap_source *src;          /* where the others are; NULL when all are here */
     ap_file **shard; int nshard;    /* the other files of a model in several, opened and owned; this one is the first, or their index */
     int is_shard;                   /* opened as one of them   */
     char *config; uint64_t config_n;/* config.json beside a safetensors file; NULL for other containers */
@@ -54,6 +55,7 @@ int  ap_file_open(ap_file **out, const char *path, ap_err *e);            /* sni
 int  ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_container *kind, const char *config, uint64_t config_n, ap_err *e); /* for tests and fuzzers; copies; kind NULL: sniff */
 void ap_file_close(ap_file *f);
 const ap_tensor *ap_file_tensor(const ap_file *f, ap_str name);           /* NULL when absent */
+int  ap_file_data(const ap_file *f, const ap_tensor *t, const uint8_t **data, ap_err *e);   /* the bytes of one of f's tensors, read if need be; f keeps them */
 const ap_kv *ap_file_kv(const ap_file *f, const char *key);               /* NULL when absent */
 int  ap_file_verify(const ap_file *f, int *checked, ap_err *e);           /* reads all bytes against the checksum that the container has; *checked 0: it has none */
 extern const ap_container ap_containers[];
@@ -69,7 +71,8 @@ int   ap_file_open_shard(ap_file *f, ap_str name, ap_err *e);             /* ope
 int   ap_file_adopt(ap_file *f, ap_err *e);                               /* the shards' tensors become f's; index */
 int   ap_file_pairs(ap_file *f, const char *what, const char *p, uint64_t n, int last_wins, ap_err *e);    /* a JSON object as kv; once a file */
 void  ap_file_note(ap_file *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-int   ap_file_read_whole(const char *path, uint64_t limit, uint8_t **p, uint64_t *n, ap_err *e);   /* of a regular file; *p is the caller's to ap_free */
+int   ap_file_peek(const ap_file *f, uint64_t at, void *p, uint64_t n, ap_err *e);            /* bytes inside the file, wherever they are */
+int   ap_file_zeros(const ap_file *f, uint64_t from, uint64_t to, uint64_t *odd, ap_err *e);  /* *odd: the first byte of from..to that is not zero, or to */
 int   ap_file_reserve(ap_file *f, uint64_t tensors, uint64_t dims, ap_err *e);    /* memory for that many in all                  */
 void  ap_file_keep(ap_file *f, const ap_tensor *t);                       /* t, whose dim lies in the caller's memory, is the next one     */
 int   ap_file_index(ap_file *f, ap_err *e);                               /* fills by_name; refuses a name or key given twice    */
@@ -77,6 +80,7 @@ int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sor
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
 
 /* Limits: each is refused with AP_LIMIT. */
+#define AP_FILE_WHOLE      (8u << 20)           /* a file up to this size is read at once */
 #define AP_LIMIT_TENSORS   1000000u
 #define AP_LIMIT_KV        1000000u
 #define AP_LIMIT_METADATA  (1u << 30)

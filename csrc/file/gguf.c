@@ -27,8 +27,11 @@ int ap_gguf_parse(ap_file *f, ap_err *e);
 
 static int64_t gguf_at(const ap_cur *c) { return (int64_t)c->pos; }
 
+/* Bytes that the file has left: what a count or a length is held against.  Fewer may be in memory. */
+static uint64_t gguf_left(const ap_cur *c) { return c->whole - c->pos; }
+
 static int gguf_short(const ap_cur *c, const char *what, ap_err *e) {
-    return ap_fail_at(e, AP_TRUNCATED, gguf_at(c), NULL, "the file ends inside %s: %llu bytes left at byte %llu", what, (unsigned long long)ap_left(c), (unsigned long long)c->pos);
+    return ap_fail_at(e, AP_TRUNCATED, gguf_at(c), NULL, "the file ends inside %s: %llu bytes left at byte %llu", what, (unsigned long long)gguf_left(c), (unsigned long long)c->pos);
 }
 
 static int gguf_memory(ap_err *e) { return ap_fail(e, AP_MEMORY, "no memory for the index of the file"); }
@@ -59,9 +62,9 @@ static int gguf_version(ap_cur *c, uint32_t *version, ap_err *e) {
 }
 
 static int gguf_count(const ap_cur *c, uint64_t count, uint64_t least, uint64_t limit, const char *what, ap_err *e) {
-    if (count > ap_left(c) / least)
+    if (count > gguf_left(c) / least)
         return ap_fail_at(e, AP_COUNT, gguf_at(c), NULL, "%llu %s declared, the %llu bytes left hold at most %llu", (unsigned long long)count, what,
-                          (unsigned long long)ap_left(c), (unsigned long long)(ap_left(c) / least));
+                          (unsigned long long)gguf_left(c), (unsigned long long)(gguf_left(c) / least));
     if (count > limit) return ap_fail_at(e, AP_LIMIT, gguf_at(c), NULL, "%llu %s declared, at most %llu are read", (unsigned long long)count, what, (unsigned long long)limit);
     return AP_OK;
 }
@@ -73,17 +76,19 @@ static int gguf_span(ap_cur *c, const char *what, ap_str *out, ap_err *e) {
     uint64_t n;
     int64_t at = gguf_at(c);
     if (!ap_u64(c, &n)) return gguf_short(c, what, e);
-    if (!ap_take(c, n, &p))
-        return ap_fail_at(e, AP_STRING, at, NULL, "%s: a string of %llu bytes declared, the file has %llu left", what, (unsigned long long)n, (unsigned long long)ap_left(c));
+    if (n > gguf_left(c))
+        return ap_fail_at(e, AP_STRING, at, NULL, "%s: a string of %llu bytes declared, the file has %llu left", what, (unsigned long long)n, (unsigned long long)gguf_left(c));
+    if (!ap_take(c, n, &p)) return gguf_short(c, what, e);
     *out = (ap_str){ (const char *)p, n };
     return AP_OK;
 }
 
-static int gguf_text(ap_cur *c, ap_str *out, ap_err *e) {
+/* seen: it has been read once and found good. */
+static int gguf_text(ap_cur *c, int seen, ap_str *out, ap_err *e) {
     int64_t at = gguf_at(c);
     AP_TRY(gguf_span(c, "a value", out, e));
     if (out->n > AP_LIMIT_STRING) return ap_fail_at(e, AP_LIMIT, at, NULL, "a string of %llu bytes, at most %u are read", (unsigned long long)out->n, (unsigned)AP_LIMIT_STRING);
-    if (!ap_utf8_ok(out->p, out->n)) return ap_fail_at(e, AP_UTF8, at, NULL, "a string that is not UTF-8");
+    if (!seen && !ap_utf8_ok(out->p, out->n)) return ap_fail_at(e, AP_UTF8, at, NULL, "a string that is not UTF-8");
     return AP_OK;
 }
 
@@ -111,7 +116,7 @@ static int gguf_scalar(ap_cur *c, uint32_t type, ap_kv *kv, ap_err *e) {
 }
 
 /* An array's elements stay where they are: one pass proves that they can be walked later without a check. */
-static int gguf_array(ap_cur *c, ap_kv *kv, ap_err *e) {
+static int gguf_array(ap_cur *c, int seen, ap_kv *kv, ap_err *e) {
     uint32_t type;
     uint64_t n;
     int64_t at = gguf_at(c);
@@ -126,30 +131,30 @@ static int gguf_array(ap_cur *c, ap_kv *kv, ap_err *e) {
     kv->s.p = (const char *)c->base + c->pos;
     const uint8_t *p;
     ap_str s;
-    if (type == GGUF_STR) for (uint64_t i = 0; i < n; i++) AP_TRY(gguf_text(c, &s, e));
+    if (type == GGUF_STR) for (uint64_t i = 0; i < n; i++) AP_TRY(gguf_text(c, seen, &s, e));
     else if (!ap_take(c, n * bytes, &p)) return gguf_short(c, "an array", e);          /* n <= left / bytes: the product fits */
     if (kv->elem == AP_V_BOOL) for (uint64_t i = 0; i < n; i++) AP_TRY(gguf_bool((uint8_t)kv->s.p[i], at + 12 + (int64_t)i, e));
     kv->s.n = (uint64_t)((const char *)c->base + c->pos - kv->s.p);
     return AP_OK;
 }
 
-static int gguf_value(ap_cur *c, ap_kv *kv, ap_err *e) {
+static int gguf_value(ap_cur *c, int seen, ap_kv *kv, ap_err *e) {
     int64_t at = gguf_at(c);
     uint32_t type;
     if (!ap_u32(c, &type)) return gguf_short(c, "a value's type", e);
     if (type >= GGUF_TYPES) return ap_fail_at(e, AP_TYPE, at, NULL, "a value of type %u, the last type is %d", (unsigned)type, GGUF_TYPES - 1);
     kv->raw_type = type;
     kv->kind = gguf_type[type].kind;
-    return type == GGUF_ARR ? gguf_array(c, kv, e) : type == GGUF_STR ? gguf_text(c, &kv->s, e) : gguf_scalar(c, type, kv, e);
+    return type == GGUF_ARR ? gguf_array(c, seen, kv, e) : type == GGUF_STR ? gguf_text(c, seen, &kv->s, e) : gguf_scalar(c, type, kv, e);
 }
 
 /* A failure inside a value is told with the key it belongs to. */
-static int gguf_kv(ap_cur *c, ap_kv *kv, ap_err *e) {
+static int gguf_kv(ap_cur *c, int seen, ap_kv *kv, ap_err *e) {
     char shown[132];
     int64_t at = gguf_at(c);
     AP_TRY(gguf_span(c, "a key", &kv->key, e));
     AP_TRY(ap_file_name_ok(kv->key, GGUF_KEY, "key", at, e));
-    int rc = gguf_value(c, kv, e);
+    int rc = gguf_value(c, seen, kv, e);
     if (!rc) return AP_OK;
     size_t n = strlen(ap_show(shown, kv->key.p, kv->key.n));
     if (n >= sizeof e->field) n = sizeof e->field - 1;
@@ -169,12 +174,12 @@ static int gguf_kvs(ap_file *f, ap_cur *c, uint64_t count, ap_err *e) {
     ap_cur ahead = *c;
     for (uint64_t i = 0; i < count; i++) {
         ap_kv kv = { .n = 0 };
-        AP_TRY(gguf_kv(&ahead, &kv, e));
+        AP_TRY(gguf_kv(&ahead, 0, &kv, e));
         AP_TRY(gguf_metadata(&ahead, e));
     }
     f->kv = ap_alloc(count, sizeof *f->kv);
     if (!f->kv) return gguf_memory(e);
-    for (; (uint64_t)f->nkv < count; f->nkv++) AP_TRY(gguf_kv(c, &f->kv[f->nkv], e));
+    for (; (uint64_t)f->nkv < count; f->nkv++) AP_TRY(gguf_kv(c, 1, &f->kv[f->nkv], e));
     return AP_OK;
 }
 
@@ -260,22 +265,22 @@ static int gguf_place(ap_file *f, ap_tensor *t, uint64_t start, uint64_t room, u
     if (t->offset > next) return ap_fail_at(e, AP_GAP, -1, shown, "tensor '%s' is at offset %llu, %llu was expected: bytes that belong to no tensor, or tensors out of order", shown, off, want);
     if (t->offset < next) return ap_fail_at(e, AP_OVERLAP, -1, shown, "tensor '%s' is at offset %llu, the tensors before it reach to %llu", shown, off, want);
     t->offset += start;                         /* both lie inside the file */
-    t->data = f->p + t->offset;
+    if (!f->src) t->data = f->p + t->offset;
     return AP_OK;
 }
 
 /* Padding is zeros, so that nothing can be hidden in it; the file may end inside it. */
 static int gguf_padding(const ap_file *f, uint64_t from, uint64_t to, ap_err *e) {
-    for (uint64_t i = from; i < to && i < f->n; i++)
-        if (f->p[i]) return ap_fail_at(e, AP_GAP, (int64_t)i, NULL, "byte %llu is padding and not zero: 0x%02x", (unsigned long long)i, (unsigned)f->p[i]);
-    return AP_OK;
+    uint64_t odd, end = to < f->n ? to : f->n;
+    AP_TRY(ap_file_zeros(f, from, end, &odd, e));
+    return odd >= end ? AP_OK : ap_fail_at(e, AP_GAP, (int64_t)odd, NULL, "byte %llu is padding and not zero", (unsigned long long)odd);
 }
 
 /* What follows the last tensor may be one alignment unit of zeros and nothing else. */
 static int gguf_tail(const ap_file *f, uint64_t end, ap_err *e) {
-    uint64_t spare = f->n - end, zeros = 0;
-    while (zeros < spare && zeros < f->alignment && !f->p[end + zeros]) zeros++;
-    if (zeros == spare) return AP_OK;
+    uint64_t spare = f->n - end, odd = end;
+    if (spare <= f->alignment) AP_TRY(ap_file_zeros(f, end, f->n, &odd, e));
+    if (odd == f->n) return AP_OK;
     return ap_fail_at(e, AP_GAP, (int64_t)end, NULL, "%llu bytes after the last tensor belong to nothing (at most %u zeros are allowed)", (unsigned long long)spare, (unsigned)f->alignment);
 }
 
@@ -322,7 +327,7 @@ static int gguf_split_stem(const ap_file *f, uint64_t count, char stem[256], ap_
 }
 
 static int gguf_open_part(ap_file *f, const char *stem, uint64_t i, uint64_t count, ap_err *e) {
-    char name[300];
+    char name[300], shown[132];
     uint64_t no, of;
     int n = snprintf(name, sizeof name, "%s-%05llu-of-%05llu.gguf", stem, (unsigned long long)i + 1, (unsigned long long)count);
     AP_TRY(ap_file_open_shard(f, (ap_str){ name, (uint64_t)n }, e));
@@ -330,7 +335,7 @@ static int gguf_open_part(ap_file *f, const char *stem, uint64_t i, uint64_t cou
     AP_TRY(gguf_split_number(s, "split.no", &no, e));
     AP_TRY(gguf_split_number(s, "split.count", &of, e));
     if (no == i && of == count) return AP_OK;
-    return ap_fail_at(e, AP_CONFIG, -1, "split.no", "'%.120s' says that it is part %llu of %llu (counted from 0), part %llu of %llu was expected", name,
+    return ap_fail_at(e, AP_CONFIG, -1, "split.no", "'%s' says that it is part %llu of %llu (counted from 0), part %llu of %llu was expected", ap_show(shown, name, (size_t)n),
                       (unsigned long long)no, (unsigned long long)of, (unsigned long long)i, (unsigned long long)count);
 }
 
@@ -352,7 +357,7 @@ static int gguf_split(ap_file *f, ap_err *e) {
 }
 
 int ap_gguf_parse(ap_file *f, ap_err *e) {
-    ap_cur c = { f->p, f->n, 0 };
+    ap_cur c = { f->p, f->have, 0, f->n };
     uint64_t tensors, kvs;
     AP_TRY(gguf_version(&c, &f->version, e));
     if (!ap_u64(&c, &tensors) || !ap_u64(&c, &kvs)) return gguf_short(&c, "the header", e);

@@ -91,7 +91,7 @@ static int st_range(const st_reader *r, const char *name, ap_tensor *t, const ui
     if (v[1] - v[0] != t->bytes)
         return ap_fail_at(e, AP_SIZE, at, name, "tensor '%s' has %llu bytes by its data_offsets, %llu by its shape and dtype", name, (unsigned long long)(v[1] - v[0]), (unsigned long long)t->bytes);
     t->offset = r->data + v[0];
-    t->data = r->f->p + t->offset;
+    if (!r->f->src) t->data = r->f->p + t->offset;
     return AP_OK;
 }
 
@@ -165,12 +165,12 @@ static int st_entry(st_reader *r, int *metadata, ap_err *e) {
 ** and only blanks may fill it up to an aligned length. */
 static int st_frame(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
-    ap_cur c = { f->p, f->n, 0 };
+    ap_cur c = { f->p, f->have, 0, f->n };
     ap_jkind kind;
     uint64_t n;
     if (!ap_u64(&c, &n)) return ap_fail_at(e, AP_TRUNCATED, (int64_t)f->n, NULL, "the file has %llu bytes, a safetensors file begins with 8 bytes of header length", (unsigned long long)f->n);
     if (n > AP_LIMIT_HEADER) return ap_fail_at(e, AP_LIMIT, 0, NULL, "a header of %llu bytes declared, at most %u are read: is this a safetensors file?", (unsigned long long)n, (unsigned)AP_LIMIT_HEADER);
-    if (n > ap_left(&c)) return ap_fail_at(e, AP_TRUNCATED, 0, NULL, "a header of %llu bytes declared, the file has %llu left", (unsigned long long)n, (unsigned long long)ap_left(&c));
+    if (n > ap_left(&c)) return ap_fail_at(e, AP_TRUNCATED, 0, NULL, "a header of %llu bytes declared, the file has %llu left", (unsigned long long)n, (unsigned long long)(f->n - ST_LENGTH));
     uint64_t end = ST_LENGTH + n;
     r->data = end;
     while (end > ST_LENGTH && f->p[end - 1] == ' ') end--;
@@ -268,6 +268,7 @@ static int st_map_rows(st_reader *r, st_map *m, ap_err *e) {
 static int st_map_read(st_reader *r, st_map *m, ap_err *e) {
     ap_jkind kind;
     int seen = 0;
+    if (r->f->have < r->f->n) return ap_fail_at(e, AP_TRUNCATED, (int64_t)r->f->have, NULL, "the index goes on");      /* file.c reads on */
     ap_json_init(&r->j, (const char *)r->f->p, r->f->n);
     AP_TRY(st_expect(r, AP_J_OBJ, "an object with weight_map", e));
     for (;;) {
@@ -300,15 +301,16 @@ static int st_open_shards(ap_file *f, const st_map *m, ap_err *e) {
 
 /* Each tensor lies in the shard that the map names, and the shards hold no other. */
 static int st_map_agrees(const ap_file *f, const st_map *m, ap_err *e) {
-    char name[132];
+    char name[132], file[132];
     int shard = -1;
     for (int i = 0; i < m->n; i++) {
         shard += !i || st_by_shard(&m->place[i - 1], &m->place[i]);
         const ap_tensor *t = ap_file_tensor(f, m->place[i].tensor);
         ap_show(name, m->place[i].tensor.p, m->place[i].tensor.n);
-        if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', no shard holds it", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+        ap_show(file, m->place[i].shard.p, m->place[i].shard.n);
+        if (!t) return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%s', no shard holds it", name, file);
         if (t->part != shard + 1)
-            return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%.*s', it lies in another shard", name, (int)m->place[i].shard.n, m->place[i].shard.p);
+            return ap_fail_at(e, AP_MISSING, -1, name, "the index places tensor '%s' in '%s', it lies in another shard", name, file);
     }
     if (f->nt == m->n) return AP_OK;
     return ap_fail_at(e, AP_COUNT, -1, "weight_map", "the index places %d tensors, its shards hold %d", m->n, f->nt);
@@ -317,12 +319,13 @@ static int st_map_agrees(const ap_file *f, const st_map *m, ap_err *e) {
 static int st_parse_index(st_reader *r, ap_err *e) {
     ap_file *f = r->f;
     st_map m = { NULL, 0, 0 };
+    char name[132];
     int *order = NULL, rc, twice = 0;
     if (!(f->text = ap_alloc(f->n, 1))) return st_memory(e);
     rc = st_map_read(r, &m, e);
     if (!rc && !(order = ap_alloc((uint64_t)m.n, sizeof *order))) rc = st_memory(e);
     if (!rc && (twice = ap_file_twice(m.place, m.n, sizeof *m.place, order)))
-        rc = ap_fail_at(e, AP_DUPLICATE, -1, "weight_map", "weight_map has the tensor '%.*s' twice", (int)m.place[order[twice]].tensor.n, m.place[order[twice]].tensor.p);
+        rc = ap_fail_at(e, AP_DUPLICATE, -1, "weight_map", "weight_map has the tensor '%s' twice", ap_show(name, m.place[order[twice]].tensor.p, m.place[order[twice]].tensor.n));
     if (!rc && m.n) qsort(m.place, (size_t)m.n, sizeof *m.place, st_by_shard);
     if (!rc) rc = st_open_shards(f, &m, e);
     if (!rc) rc = st_map_agrees(f, &m, e);

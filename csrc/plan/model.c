@@ -146,7 +146,7 @@ static int mdl_range(const ap_model *m, ap_err *e) {
     if (h->head % 2) return ap_fail_at(e, AP_CONFIG, -1, "head size", "head size %d is odd: RoPE needs pairs", h->head);
     if ((int64_t)h->heads * h->head > AP_MAX_WIDTH) return ap_fail_at(e, AP_CONFIG, -1, "heads", "%d heads of %d are wider than %d", h->heads, h->head, AP_MAX_WIDTH);
     if (!(h->eps >= 0 && h->eps <= 1)) return ap_fail_at(e, AP_CONFIG, -1, "eps", "RMSNorm eps = %g is outside 0..1", h->eps);
-    if (!(h->theta > 0 && h->theta <= 1e12)) return ap_fail_at(e, AP_CONFIG, -1, "theta", "RoPE base = %g is outside (0, 1e12]", h->theta);
+    if (!(h->theta >= 1 && h->theta <= 1e12)) return ap_fail_at(e, AP_CONFIG, -1, "theta", "RoPE base = %g is outside [1, 1e12]", h->theta);   /* below 1 the angles outgrow the sine's range */
     return AP_OK;
 }
 
@@ -315,7 +315,9 @@ static int mdl_weight(ap_model *m, int row, int layer, char *used, ap_err *e) {
     if (r->form != AP_FORM_MATRIX && t->fmt->block != 1)
         return ap_fail_at(e, AP_CONFIG, -1, name, "%s is stored as %s; a norm weight or bias must be F32, F16 or BF16", name, t->fmt->name);
     int pairs = (m->quirks & AP_QUIRK_ROPE_PAIRS) && (row == AP_W_attn_q || row == AP_W_attn_k) ? m->h.head : 0;
-    m->w[ap_slot(row, layer)] = (ap_weight){ t->data, t->fmt, nd == 2 ? rows : 1, cols, pairs, (int)(t - m->file->t) };
+    const uint8_t *data;
+    AP_TRY(ap_file_data(m->file, t, &data, e));
+    m->w[ap_slot(row, layer)] = (ap_weight){ data, t->fmt, nd == 2 ? rows : 1, cols, pairs, (int)(t - m->file->t) };
     used[t - m->file->t] = 1;
     return AP_OK;
 }

@@ -132,7 +132,7 @@ static int plan_input_ok(const ap_plan *p, int i, int was, int in) {
 static int plan_step_ok(const ap_plan *p, int i, const ap_step *was) {
     const ap_step *s = &p->s[i];
     return plan_input_ok(p, i, was->a, s->a) && plan_input_ok(p, i, was->b, s->b) && s->kv_div >= 1 && s->kv_mod >= 1 && s->kv_mod <= was->kv_mod
-        && s->window >= 0 && (s->pairing == 0 || s->pairing == 1) && s->theta > 0 && isfinite(s->theta);
+        && s->window >= 0 && (s->pairing == 0 || s->pairing == 1) && s->theta >= 1 && isfinite(s->theta);
 }
 
 int ap_plan_edit(ap_plan *p, const ap_edit *edit, ap_err *e) {

@@ -54,7 +54,7 @@ static void file_dealloc(PyObject *self) {
 static PyObject *file_text(ap_str s) { return PyUnicode_DecodeUTF8(s.p, (Py_ssize_t)s.n, "strict"); }
 
 static PyObject *file_strings(const ap_kv *kv) {
-    ap_cur c = { (const uint8_t *)kv->s.p, kv->s.n, 0 };
+    ap_cur c = { (const uint8_t *)kv->s.p, kv->s.n, 0, 0 };
     PyObject *list = PyList_New((Py_ssize_t)kv->n);
     for (uint64_t i = 0; list && i < kv->n; i++) {
         uint64_t n;
@@ -172,10 +172,24 @@ static const ap_tensor *file_find(PyObject *self, PyObject *name) {
     return t;
 }
 
+/* The bytes of a tensor, NULL with an exception set. */
+static const uint8_t *file_data(PyObject *self, const ap_tensor *t) {
+    static const uint8_t nothing[1] = { 0 };
+    const uint8_t *data = NULL;
+    ap_err e = AP_ERR_INIT;
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = ap_file_data(ap_file_of(self), t, &data, &e);
+    Py_END_ALLOW_THREADS
+    if (rc) { ap_raise(ap_state_of(Py_TYPE(self)), &e, ap_file_of(self)->path); return NULL; }
+    return data ? data : nothing;
+}
+
 static PyObject *file_raw(PyObject *self, PyObject *name) {
     const ap_tensor *t = file_find(self, name);
+    const uint8_t *data = t ? file_data(self, t) : NULL;
     npy_intp n = t ? (npy_intp)t->bytes : 0;
-    return t ? ap_view(self, t->data, NPY_UINT8, 1, &n) : NULL;
+    return data ? ap_view(self, data, NPY_UINT8, 1, &n) : NULL;
 }
 
 static PyObject *file_dequantize(PyObject *self, PyObject *name) {
@@ -187,12 +201,13 @@ static PyObject *file_dequantize(PyObject *self, PyObject *name) {
     if (!t->fmt->decode) {
         if (ap_fail_at(&e, AP_UNSUPPORTED, -1, NULL, "%s cannot be read yet", t->fmt->name)) return ap_raise(ap_state_of(Py_TYPE(self)), &e, ap_file_of(self)->path);
     }
-    PyObject *a = PyArray_SimpleNew(t->nd, dim, NPY_FLOAT32);
+    const uint8_t *data = file_data(self, t);
+    PyObject *a = data ? PyArray_SimpleNew(t->nd, dim, NPY_FLOAT32) : NULL;
     if (!a) return NULL;
     float *out = PyArray_DATA((PyArrayObject *)a);
     int64_t n = PyArray_SIZE((PyArrayObject *)a), cols = t->nd ? t->dim[t->nd - 1] : 1;
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = 0; n && row < n / cols; row++) ap_format_row(t->fmt, t->data, cols, row, out + row * cols);
+    for (int64_t row = 0; n && row < n / cols; row++) ap_format_row(t->fmt, data, cols, row, out + row * cols);
     Py_END_ALLOW_THREADS
     return a;
 }

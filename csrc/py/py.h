@@ -31,7 +31,7 @@ int ap_key_parse(ap_state *st, PyObject *key, int layers, int *stage, int *layer
 PyObject *ap_key_new(int stage, int layer);
 PyObject *ap_view(PyObject *owner, const void *p, int type, int nd, const npy_intp *dim); /* read-only array over memory that owner keeps alive */
 PyObject *ap_encode(PyObject *module, PyObject *args, PyObject *kw);
-PyObject *ap_dequantize(PyObject *module, PyObject *args);
+PyObject *ap_dequantize(PyObject *module, PyObject *args, PyObject *kw);
 
 PyObject *ap_read_aprt(PyObject *module, PyObject *path);
 

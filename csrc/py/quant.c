@@ -8,6 +8,7 @@
 #include <string.h>
 #include "../base/num.h"
 #include "../base/threads.h"
+#include "../base/tiers.h"
 #include "../quant/format.h"
 
 enum { QUANT_PIECE = 1 << 16 };                          /* values of one task, about; a multiple of every block */
@@ -144,13 +145,17 @@ PyObject *ap_encode(PyObject *module, PyObject *args, PyObject *kw) {
 
 /* ---- dequantize ---- */
 
-typedef struct { const ap_format *f; const uint8_t *src; float *dst; int64_t rows, cols, piece; } quant_reading;
+typedef struct { const ap_format *f; const uint8_t *src; float *dst; int64_t rows, cols, piece; int tier; } quant_reading;     /* tier -1: the reference */
 
 static void quant_read(void *ctx, int i, int worker) {
     const quant_reading *r = ctx;
     int64_t first = i * r->piece, end = r->rows - first < r->piece ? r->rows : first + r->piece;
     (void)worker;
-    for (int64_t row = first; row < end; row++) ap_format_row(r->f, r->src, r->cols, row, r->dst + row * r->cols);
+    for (int64_t row = first; row < end; row++) {
+        float *out = r->dst + row * r->cols;
+        if (r->tier < 0) ap_format_row(r->f, r->src, r->cols, row, out);
+        else ap_format_row_fast(r->f, r->tier, r->src, r->cols, row, out);
+    }
 }
 
 /* The shape as dimensions, its rows and columns; -1 with an exception when it is none. */
@@ -172,9 +177,9 @@ static int quant_shape(PyObject *module, PyObject *shape, npy_intp dim[NPY_MAXDI
     return 0;
 }
 
-static PyObject *quant_read_array(PyObject *module, const ap_format *f, const Py_buffer *data, PyObject *shape) {
+static PyObject *quant_read_array(PyObject *module, const ap_format *f, const Py_buffer *data, PyObject *shape, int tier) {
     npy_intp dim[NPY_MAXDIMS];
-    quant_reading r = { .f = f, .src = data->buf };
+    quant_reading r = { .f = f, .src = data->buf, .tier = tier };
     uint64_t bytes;
     char text[200];
     if (quant_shape(module, shape, dim, &r.rows, &r.cols)) return NULL;
@@ -193,13 +198,17 @@ static PyObject *quant_read_array(PyObject *module, const ap_format *f, const Py
     return out;
 }
 
-PyObject *ap_dequantize(PyObject *module, PyObject *args) {
-    const char *name;
+PyObject *ap_dequantize(PyObject *module, PyObject *args, PyObject *kw) {
+    static char *names[] = { "", "", "", "tier", NULL };
+    const char *name, *tier_name = NULL;
     Py_buffer data;
     PyObject *shape, *out = NULL;
-    if (!PyArg_ParseTuple(args, "sy*O!:dequantize", &name, &data, &PyTuple_Type, &shape)) return NULL;
-    const ap_format *f = quant_format(PyModule_GetState(module), name, "read", quant_can_read);
-    if (f) out = quant_read_array(module, f, &data, shape);
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "sy*O!|$z:dequantize", names, &name, &data, &PyTuple_Type, &shape, &tier_name)) return NULL;
+    int tier = tier_name ? ap_tier_find(tier_name) : -1;
+    const ap_format *f = NULL;
+    if (tier_name && !ap_tier_available(tier)) quant_refuse(module, AP_LOOKUP, "tier", tier < 0 ? "no CPU tier of that name" : "this CPU does not have that tier");
+    else f = quant_format(PyModule_GetState(module), name, "read", quant_can_read);
+    if (f) out = quant_read_array(module, f, &data, shape, tier);
     PyBuffer_Release(&data);
     return out;
 }

@@ -10,6 +10,7 @@
 #include <stdint.h>
 typedef enum { AP_PACK_ROWS, AP_PACK_FLAT, AP_PACK_WHOLE } ap_packing;      /* how a tensor's blocks lie: see formats.def */
 enum { AP_FORMAT_BLOCK_MAX = 256 };
+typedef void (*ap_decode)(const void *src, float *dst, size_t n);
 typedef struct {
     const char *name;           /* "Q4_K": as the gguf package spells it            */
     int gguf;                   /* ggml type id, -1 when GGUF has none              */
@@ -17,8 +18,8 @@ typedef struct {
     int apr;                    /* APR's dtype byte, -1 when APR has none            */
     int block, bytes;           /* values and bytes per block                       */
     ap_packing packing;
-    void (*decode)(const void *src, float *dst, size_t n);      /* NULL: can be listed, cannot be read */
-    void (*encode)(const float *src, void *dst, size_t n);      /* NULL: cannot be written              */
+    ap_decode decode;           /* NULL: can be listed, cannot be read              */
+    void (*encode)(const float *src, void *dst, size_t n);      /* NULL: cannot be written */
     float limit;                /* the greatest magnitude that encode takes; infinite: any value, NaN too */
 } ap_format;
 typedef enum {
@@ -32,6 +33,9 @@ const ap_format *ap_format_by_safetensors(const char *p, size_t n);
 const ap_format *ap_format_by_apr(uint8_t id);
 /* Row `row` of a tensor whose rows have `cols` values, whatever the packing; a last block that is not full is read as far as the row goes. */
 void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int64_t row, float *out);
+/* The same bits by the fastest decoder that a tier (base/tiers.h) has for the format: the reference where it has none of its own. */
+void ap_format_row_fast(const ap_format *f, int tier, const uint8_t *tensor, int64_t cols, int64_t row, float *out);
+ap_decode ap_format_decoder(const ap_format *f, int tier);
 /* Encodes n values, the last block filled up with zeros. */
 void ap_format_encode(const ap_format *f, const float *src, int64_t n, uint8_t *dst);
 /* Bytes of a tensor of rows x cols values, last blocks filled up; 0 when the size overflows. */

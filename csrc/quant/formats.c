@@ -76,17 +76,17 @@ int ap_format_bytes(const ap_format *f, int64_t rows, int64_t cols, uint64_t *by
 }
 
 /* n values from value `first` of a run of blocks on; only a block that is not wanted whole goes through a buffer. */
-static void format_span(const ap_format *f, const uint8_t *blocks, int64_t first, float *out, int64_t n) {
+static void format_span(const ap_format *f, ap_decode decode, const uint8_t *blocks, int64_t first, float *out, int64_t n) {
     float whole[AP_FORMAT_BLOCK_MAX];
     const uint8_t *p = blocks + (uint64_t)(first / f->block) * (uint64_t)f->bytes;
     for (int64_t skip = first % f->block; n > 0; skip = 0, p += f->bytes) {
         int64_t take = n < f->block - skip ? n : f->block - skip;
         if (!skip && n >= f->block) {
             take = n - n % f->block;
-            f->decode(p, out, (size_t)take);
+            decode(p, out, (size_t)take);
             p += (uint64_t)(take / f->block - 1) * (uint64_t)f->bytes;
         } else {
-            f->decode(p, whole, (size_t)f->block);
+            decode(p, whole, (size_t)f->block);
             memcpy(out, whole + skip, (size_t)take * sizeof *out);
         }
         out += take;
@@ -94,12 +94,18 @@ static void format_span(const ap_format *f, const uint8_t *blocks, int64_t first
     }
 }
 
-void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int64_t row, float *out) {
+static void format_row(const ap_format *f, ap_decode decode, const uint8_t *tensor, int64_t cols, int64_t row, float *out) {
     switch (f->packing) {
-    case AP_PACK_ROWS:  format_span(f, tensor + (uint64_t)row * ap_format_row_bytes(f, cols), 0, out, cols); return;
-    case AP_PACK_FLAT:  format_span(f, tensor, row * cols, out, cols); return;
+    case AP_PACK_ROWS:  format_span(f, decode, tensor + (uint64_t)row * ap_format_row_bytes(f, cols), 0, out, cols); return;
+    case AP_PACK_FLAT:  format_span(f, decode, tensor, row * cols, out, cols); return;
     case AP_PACK_WHOLE: ap_apr_q8_values(tensor, row * cols, out, (size_t)cols); return;
     }
+}
+
+void ap_format_row(const ap_format *f, const uint8_t *tensor, int64_t cols, int64_t row, float *out) { format_row(f, f->decode, tensor, cols, row, out); }
+
+void ap_format_row_fast(const ap_format *f, int tier, const uint8_t *tensor, int64_t cols, int64_t row, float *out) {
+    format_row(f, ap_format_decoder(f, tier), tensor, cols, row, out);
 }
 
 void ap_format_encode(const ap_format *f, const float *src, int64_t n, uint8_t *dst) {

@@ -32,7 +32,7 @@ static float q6_k_fit(const float x[16]) {
         float top = k < 15 ? -32 - (float)(k % 2 ? -(k + 1) / 2 : k / 2) * 0.125f : 30 + (float)(k - 15) * 0.25f, stretch = top / peak;
         int sqq = 0;
         double sxq = 0;
-        if (isinf(stretch)) break;
+        if (isinf(stretch)) break;                          /* values far below the least half */
         for (int i = 0; i < 16; i++) {
             int q = q6_k_near(x[i] * stretch);
             sqq += q * q; sxq += (double)x[i] * q;

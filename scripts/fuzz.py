@@ -1,0 +1,443 @@
+"""Builds and runs the fuzz targets of tests/fuzz: libFuzzer where clang is, the driver beside them where only gcc is.
+
+Owns build/fuzz (binaries, the growing corpus, inputs that broke something) and the rows that ``run --record`` appends.  Refuses to go on
+when a target does not build.  ``make fuzz``, ``make fuzz-coverage`` and a person call it:
+
+    python scripts/fuzz.py run --seconds 60              # all targets, evenly; first every allocation of every seed fails once
+    python scripts/fuzz.py run --target gguf --seconds 600 --record evidence/fuzz/runs.jsonl
+    python scripts/fuzz.py coverage [--missing]          # branches of the parsers that seeds and corpus reach (clang, llvm-cov)
+    python scripts/fuzz.py prove                         # faults planted in copies of the core: does a fuzzer find each of them?
+    python scripts/fuzz.py merge                         # what the corpus reaches and the seeds do not, into the seeds (clang)
+    python scripts/fuzz.py seeds                         # write the named seeds again
+    python scripts/fuzz.py compiler                      # which compiler is used; exit code 2 when it has no libFuzzer
+
+Exit code 0: nothing broke; 1: something did (the input is named); 2: it cannot be built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests" / "fuzz"
+BUILD = ROOT / "build" / "fuzz"
+CORPUS = BUILD / "corpus"
+CRASHES = BUILD / "crashes"
+
+#: Target -> longest input.
+TARGETS = {"gguf": 6144, "safetensors": 4096, "config": 4096, "json": 2048, "bind": 12288, "apr": 12288, "folder": 12288, "aprt": 2048}
+FLOORS = ("base", "quant", "file", "plan", "cpu", "run")
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-g", "-ffp-contract=off", "-pthread", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror"]
+SANITIZE = ["-O2", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined,float-cast-overflow"]
+#: What is held against the goal; csrc/file grows by itself.
+MEASURED = ("csrc/file/", "csrc/base/json.c", "csrc/base/cursor.c", "csrc/plan/model.c")
+
+
+class CannotBuildError(Exception):
+    """A compiler is missing or a target does not compile."""
+
+
+# ---- building --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler and whether it brings libFuzzer."""
+
+    command: str
+    libfuzzer: bool
+
+    @property
+    def version(self) -> str:
+        """What it calls itself."""
+        return subprocess.run([self.command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def compiles(command: str, *arguments: str, text: str | None = None) -> bool:
+    if not shutil.which(command):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = ["-xc", "-", "-o", f"{folder}/a"] if text else []
+        return subprocess.run([command, *arguments, *source], input=text, text=True, capture_output=True, check=False).returncode == 0
+
+
+def compiler() -> Compiler:
+    """The newest clang that has libFuzzer and can compile the core, else gcc."""
+    empty = (
+        "#include <stddef.h>\n#include <stdint.h>\nint LLVMFuzzerTestOneInput(const uint8_t *p, size_t n) { return p == 0 && n == 1; }\n"
+    )
+    for command in ("clang", *(f"clang-{version}" for version in range(30, 10, -1))):
+        core = compiles(command, "-fsyntax-only", "-std=c11", str(ROOT / "csrc" / "base" / "tiers.c"))
+        if core and compiles(command, "-fsanitize=fuzzer,address,undefined", text=empty):
+            return Compiler(command, True)
+    for command in ("gcc", "cc"):
+        if compiles(command, "-fsanitize=address,undefined", text="int main(void) { return 0; }\n"):
+            return Compiler(command, False)
+    raise CannotBuildError(
+        "neither a clang with libFuzzer nor a gcc with its sanitizers was found: install clang-19 and libclang-rt-19-dev, or gcc"
+    )
+
+
+def sources() -> list[Path]:
+    core = [path for floor in FLOORS for path in sorted((ROOT / "csrc" / floor).glob("*.c"))]
+    return core + [path for path in sorted(HERE.glob("*.c")) if not path.name.startswith("target_") and path.name != "driver.c"]
+
+
+def call(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotBuildError(f"{' '.join(arguments)}\n{done.stdout}{done.stderr}")
+
+
+def targets() -> list[str]:
+    return [name for name in TARGETS if (HERE / f"target_{name}.c").exists()]
+
+
+def build(cc: Compiler, folder: Path, flags: list[str], fuzzer: bool) -> None:
+    """All targets, anew when any source or flag has changed.  calloc is renamed in mem.c: see check.c."""
+    seen = hashlib.sha256(repr((cc, flags, fuzzer)).encode())
+    for path in sorted([*ROOT.glob("csrc/*/*"), *HERE.glob("*.[ch]")]):
+        seen.update(path.name.encode() + path.read_bytes())
+    stamp = folder / "stamp"
+    if stamp.exists() and stamp.read_text() == seen.hexdigest():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    trace = ["-fsanitize=fuzzer-no-link"] if fuzzer else []
+    main = [] if fuzzer else [str(HERE / "driver.c")]
+    objects = {path: folder / (str(path.relative_to(ROOT)).replace("/", "_") + ".o") for path in sources()}
+
+    def compile_one(path: Path) -> None:
+        extra = ["-Dcalloc=check_calloc"] if path.name == "mem.c" else []
+        call([cc.command, *FLAGS, *flags, *(trace if "csrc" in path.parts else []), *extra, "-c", str(path), "-o", str(objects[path])])
+
+    def link(target: str) -> None:
+        final = ["-fsanitize=fuzzer"] if fuzzer else []
+        inputs = [str(HERE / f"target_{target}.c"), *main, *map(str, objects.values())]
+        call([cc.command, *FLAGS, *flags, *final, *inputs, "-lm", "-o", str(folder / target)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, objects))
+        list(pool.map(link, targets()))
+    stamp.write_text(seen.hexdigest())
+
+
+def fuzzers() -> tuple[Compiler, Path]:
+    cc = compiler()
+    folder = BUILD / ("libfuzzer" if cc.libfuzzer else "driver")
+    build(cc, folder, SANITIZE, cc.libfuzzer)
+    return cc, folder
+
+
+# ---- running ---------------------------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    settings = {"ASAN_OPTIONS": "allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {name: item for name, item in os.environ.items() if name != "CHECK_SWEEP"} | settings | more
+
+
+def folders(target: str) -> list[str]:
+    """The corpus, which grows, and the seeds, which do not."""
+    (CORPUS / target).mkdir(parents=True, exist_ok=True)
+    CRASHES.mkdir(parents=True, exist_ok=True)
+    return [str(CORPUS / target), str(HERE / "seeds" / target)]
+
+
+def sweep(folder: Path, target: str) -> bool:
+    """Every allocation of every seed fails once: each failure must be told as one and leave no memory behind."""
+    arguments = [str(folder / target), "-runs=0", f"-artifact_prefix={CRASHES}/{target}-", folders(target)[1]]
+    done = subprocess.run(arguments, env=environment(CHECK_SWEEP="1"), capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        print(done.stderr[-6000:])
+    return done.returncode == 0
+
+
+def run_target(folder: Path, target: str, seconds: int) -> dict[str, Any]:
+    """One target for some time.  The result has executions, broken and the tail of what was said."""
+    limits = [f"-max_total_time={seconds}", f"-max_len={TARGETS[target]}", "-timeout=5", "-rss_limit_mb=2048", "-print_final_stats=1"]
+    arguments = [str(folder / target), *limits, "-use_value_profile=0", f"-artifact_prefix={CRASHES}/{target}-", *folders(target)]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        done = subprocess.run(arguments, env=environment(), stdout=log, stderr=subprocess.STDOUT, check=False)
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 20000))
+        said = log.read()
+    found = re.search(r"Done (\d+) runs in (\d+) second", said) or re.search(r"number_of_executed_units:\s*(\d+)()", said)
+    edges = re.findall(r"cov: (\d+)", said)
+    return {
+        "target": target, "executions": int(found[1]) if found else 0, "seconds": seconds, "edges": int(edges[-1]) if edges else None,
+        "broken": done.returncode != 0, "absent": "not built in" in said, "said": said,
+    }  # fmt: skip
+
+
+def record(path: Path, cc: Compiler, row: dict[str, Any]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    kept = {key: item for key, item in row.items() if key not in ("said", "absent")}
+    rate = round(row["executions"] / max(row["seconds"], 1))
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write(
+            json.dumps(kept | {"per_second": rate, "ended": now, "commit": commit, "compiler": cc.version, "machine": platform.machine()})
+            + "\n"
+        )
+
+
+def run(wanted: list[str], seconds: int, to: Path | None) -> int:
+    cc, folder = fuzzers()
+    print(f"{cc.version}, {'libFuzzer' if cc.libfuzzer else 'tests/fuzz/driver.c: no coverage feedback'}")
+    broken = False
+    for target in wanted:
+        if not sweep(folder, target):
+            print(f"{target:12} an allocation that failed was not told, or left memory behind")
+            broken = True
+            continue
+        row = run_target(folder, target, max(1, seconds // len(wanted)))
+        if row["absent"]:
+            print(f"{target:12} not built in")
+            continue
+        print(
+            f"{target:12} {row['executions']:>12,} executions in {row['seconds']} s, {'BROKEN' if row['broken'] else 'nothing broke'}",
+            flush=True,
+        )
+        if row["broken"]:
+            print(row["said"][-6000:])
+            broken = True
+        if to:
+            record(to, cc, row)
+    if broken:
+        print(f"the inputs are in {CRASHES}")
+    return int(broken)
+
+
+# ---- planted faults --------------------------------------------------------------------------------
+
+#: What a fuzzer must find, each in a copy of the core: file, right text, wrong text, the target that finds it.
+PLANTED = (
+    ("base/cursor.c", "    if (n > ap_left(c)) return 0;\n    *out", "    *out", "gguf"),
+    ("base/err.c", "c >= 0x20 && c < 0x7f", "c >= 0x18", "gguf"),
+    ("file/gguf.c", "count > ap_left(c) / least", "count * least > ap_left(c)", "gguf"),
+    (
+        "file/gguf.c",
+        'if (type >= GGUF_TYPES) return ap_fail_at(e, AP_TYPE, at, NULL, "a value',
+        'if (0) return ap_fail_at(e, AP_TYPE, at, NULL, "a value',
+        "gguf",
+    ),
+    ("file/gguf.c", "!ap_add_ok(t->offset, t->bytes, &end) || end > room", "(end = t->offset + t->bytes) > room + 1", "gguf"),
+    ("file/file.c", "if (!file_order(file_name(&r, order[i - 1]), file_name(&r, order[i]))) return i;", "{}", "gguf"),
+    ("file/file.c", "s.n > max", "s.n > max + 9", "safetensors"),
+    ("file/safetensors.c", "if (v[i] > INT64_MAX)", "if (0)", "safetensors"),
+    ("file/safetensors.c", "if (t->offset < next) return", "if (0) return", "safetensors"),
+    ("base/json.c", "j->depth == AP_JSON_DEPTH", "j->depth == AP_JSON_DEPTH + 1", "json"),
+    ("base/json.c", "if (n < 6 || !json_hex4", "if (!json_hex4", "json"),
+    ("file/pairs.c", "c->text += n + (kind == AP_J_STR ? span.n : 0); return", "c->text += n; return", "config"),
+    ("file/apr.c", "rank > AP_MAX_DIMS || rank > 8", "rank > 9", "apr"),
+    ("file/apr.c", "    ap_free(order);\n    return rc;", "    if (!rc) ap_free(order);\n    return rc;", "apr"),
+    ("file/aprt.c", "left < want", "left + 4 < want", "aprt"),
+    ("plan/model.c", "h->theta >= 1 &&", "h->theta > 0 &&", "bind"),
+    ("plan/model.c", "t->dim[0] != want[0] || ", "", "bind"),
+)
+
+
+def plant(cc: Compiler, healthy: Path, number: int) -> Path:
+    """A target over the core with one fault; only the file that holds it is compiled again."""
+    name, right, wrong, target = PLANTED[number]
+    folder = BUILD / "planted" / str(number)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (folder / "csrc" / name).read_text()
+    if text.count(right) != 1:
+        raise CannotBuildError(f"csrc/{name} holds {text.count(right)} times: {right}")
+    (folder / "csrc" / name).write_text(text.replace(right, wrong))
+    broken = folder / "broken.o"
+    flags = [*FLAGS, *SANITIZE, "-Wno-error", "-w"]
+    call([cc.command, *flags, "-fsanitize=fuzzer-no-link", "-c", str(folder / "csrc" / name), "-o", str(broken)])
+    others = [str(path) for path in healthy.glob("*.o") if path.name != f"csrc_{name.replace('/', '_')}.o"]
+    call(
+        [cc.command, *flags, "-fsanitize=fuzzer", str(HERE / f"target_{target}.c"), str(broken), *others, "-lm", "-o", str(folder / target)]
+    )
+    return folder / target
+
+
+def prove(seconds: int, to: Path | None) -> int:
+    """Each planted fault must be found from the seeds alone."""
+    cc, healthy = fuzzers()
+    if not cc.libfuzzer:
+        raise CannotBuildError("planted faults are searched for with libFuzzer: install clang and libclang-rt-dev")
+    missed, rows = 0, []
+    for number, (name, right, wrong, target) in enumerate(PLANTED):
+        binary = plant(cc, healthy, number)
+        limits = [
+            f"-max_total_time={seconds}",
+            f"-max_len={TARGETS[target]}",
+            "-timeout=5",
+            "-seed=1",
+            f"-artifact_prefix={binary.parent}/",
+        ]
+        (binary.parent / "corpus").mkdir()
+        arguments = [str(binary), *limits, str(binary.parent / "corpus"), str(HERE / "seeds" / target)]
+        done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, errors="replace", check=False)
+        tried = [int(count) for count in re.findall(r"^#(\d+)", done.stderr, flags=re.MULTILINE)]
+        how = re.search(r"broken promise: .*|runtime error: .*|ERROR: AddressSanitizer: [\w-]+|ERROR: libFuzzer: .*", done.stderr)
+        missed += not done.returncode
+        rows.append({"file": name, "right": right, "wrong": wrong, "target": target, "found": bool(done.returncode),
+                     "after": max(tried, default=0), "how": how[0][:160] if how else None})  # fmt: skip
+        print(f"{target:12} {name:20} {'found' if done.returncode else 'MISSED':7} {rows[-1]['how']}", flush=True)
+    if to:
+        to.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(missed > 0)
+
+
+# ---- coverage --------------------------------------------------------------------------------------
+
+
+def llvm(cc: Compiler, tool: str) -> str:
+    suffix = re.search(r"-\d+$", cc.command)
+    for name in (tool + (suffix[0] if suffix else ""), tool):
+        if shutil.which(name):
+            return name
+    raise CannotBuildError(f"{tool} was not found: it comes with the llvm package of {cc.command}")
+
+
+def measure(cc: Compiler) -> dict[str, Any]:
+    """llvm-cov's export for all targets over seeds and corpus, every allocation failing once."""
+    folder = BUILD / "coverage"
+    build(cc, folder, ["-O0", "-fprofile-instr-generate", "-fcoverage-mapping"], False)
+    raw = []
+    for target in targets():
+        raw.append(folder / f"{target}.profraw")
+        arguments = [str(folder / target), "-runs=0", *folders(target)]
+        subprocess.run(arguments, env=environment(CHECK_SWEEP="1", LLVM_PROFILE_FILE=str(raw[-1])), capture_output=True, check=True)
+    merged = folder / "all.profdata"
+    call([llvm(cc, "llvm-profdata"), "merge", "-sparse", *(str(path) for path in raw if path.exists()), "-o", str(merged)])
+    binaries = [part for target in targets() for part in ("-object", str(folder / target))][1:]
+    arguments = [llvm(cc, "llvm-cov"), "export", *binaries, f"-instr-profile={merged}"]
+    export: dict[str, Any] = json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)["data"][0]
+    return export
+
+
+def missing(entry: dict[str, Any]) -> list[str]:
+    """Sides of branches that were never taken: line, column, side, and the source line."""
+    lines = Path(entry["filename"]).read_text().splitlines()
+    taken: dict[tuple[int, int, int, int], list[int]] = {}
+    for branch in entry["branches"]:
+        counts = taken.setdefault(tuple(branch[:4]), [0, 0])
+        counts[0] += branch[4]
+        counts[1] += branch[5]
+    rows = []
+    for place, counts in sorted(taken.items()):
+        for side, count in zip(("true", "false"), counts, strict=True):
+            if not count:
+                rows.append(f"    {place[0]}:{place[1]} never {side}: {lines[place[0] - 1].strip()[:140]}")
+    return rows
+
+
+def coverage(show_missing: bool) -> int:
+    cc = compiler()
+    if not cc.libfuzzer:
+        raise CannotBuildError("coverage is measured with clang: install clang and llvm")
+    total = [0, 0]
+    for entry in measure(cc)["files"]:
+        name = str(Path(entry["filename"]).relative_to(ROOT))
+        if not name.startswith(MEASURED) or not entry["summary"]["branches"]["count"]:
+            continue
+        branches, lines = entry["summary"]["branches"], entry["summary"]["lines"]
+        total[0] += branches["covered"]
+        total[1] += branches["count"]
+        print(
+            f"{name:30} branches {branches['covered']:4} of {branches['count']:4} {branches['percent']:6.2f} %   "
+            f"lines {lines['percent']:6.2f} %"
+        )
+        if show_missing:
+            print("\n".join(missing(entry)))
+    print(f"{'all':30} branches {total[0]:4} of {total[1]:4} {100 * total[0] / total[1]:6.2f} %")
+    return 0
+
+
+# ---- seeds -----------------------------------------------------------------------------------------
+
+
+def named(target: str) -> set[str]:
+    """The seeds that make_seeds.py writes: those whose name is no hash."""
+    return {path.name for path in (HERE / "seeds" / target).iterdir() if not re.fullmatch(r"[0-9a-f]{40}", path.name)}
+
+
+def merge() -> int:
+    """Adds to the named seeds the fewest corpus files that reach every edge the corpus reaches."""
+    cc, folder = fuzzers()
+    if not cc.libfuzzer:
+        raise CannotBuildError("merging needs libFuzzer: install clang and libclang-rt-dev")
+    for target in targets():
+        seeds, keep = HERE / "seeds" / target, named(target)
+        with tempfile.TemporaryDirectory() as temporary:
+            before = Path(temporary, "before")
+            shutil.copytree(seeds, before)
+            for path in seeds.iterdir():
+                if path.name not in keep:
+                    path.unlink()
+            arguments = [
+                str(folder / target),
+                "-set_cover_merge=1",
+                "-use_counters=0",
+                f"-max_len={TARGETS[target]}",
+                str(seeds),
+                str(CORPUS / target),
+                str(before),
+            ]
+            done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode:
+                print(done.stderr[-3000:])
+        size = sum(path.stat().st_size for path in seeds.iterdir())
+        print(f"{target:12} {len(keep)} named, {len(list(seeds.iterdir())) - len(keep)} found, {size:,} bytes")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--seconds", type=int, default=60, help="for all targets together")
+    running.add_argument("--target", action="append", choices=list(TARGETS))
+    running.add_argument("--record", type=Path)
+    commands.add_parser("coverage").add_argument("--missing", action="store_true")
+    commands.add_parser("compiler")
+    proving = commands.add_parser("prove")
+    proving.add_argument("--seconds", type=int, default=60, help="for each fault, at most")
+    proving.add_argument("--record", type=Path)
+    commands.add_parser("merge")
+    commands.add_parser("seeds")
+    given = parser.parse_args()
+    try:
+        if given.command == "run":
+            return run(given.target or targets(), given.seconds, given.record)
+        if given.command == "coverage":
+            return coverage(given.missing)
+        if given.command == "merge":
+            return merge()
+        if given.command == "prove":
+            return prove(given.seconds, given.record)
+        if given.command == "compiler":
+            found = compiler()
+            print(found.version)
+            return 0 if found.libfuzzer else 2
+        return subprocess.run([sys.executable, str(HERE / "make_seeds.py")], check=True).returncode
+    except CannotBuildError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+/* target_gguf.c: the bytes are a GGUF file, whatever they begin with. */
+#include "check.h"
+#include "mutate.h"
+
+static int gguf_use(const check_input *in, ap_err *e) {
+    ap_file *f;
+    AP_TRY(check_open(&f, in, e));
+    check_file(f);
+    ap_file_close(f);
+    return AP_OK;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n) {
+    check_action(gguf_use, &(check_input){ .p = p, .n = n, .kind = check_container("gguf") });
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *p, size_t n, size_t room, unsigned seed) { return mutate_gguf(p, n, room, seed); }

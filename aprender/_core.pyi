@@ -87,7 +87,9 @@ class TensorInfo(structseq[Any], tuple[str, str, tuple[int, ...], int, int, int]
 class File:
     """An opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json.
 
-    A model in several files is opened by its folder, its index, or the first part of a split GGUF.
+    A model in several files is opened by its folder, its index, or the first part of a split GGUF.  With ``mmap`` the tensors are mapped
+    and not read, for models larger than memory: the file must then stay as it is; if it does not, what is computed with it raises CHANGED,
+    and ``raw`` gives copies.
 
     Every range is checked here, before a byte is handed out.
 
@@ -100,7 +102,7 @@ class File:
     MemoryError
     """
 
-    def __new__(cls, path: str | bytes | os.PathLike[str]) -> File: ...
+    def __new__(cls, path: str | bytes | os.PathLike[str], *, mmap: bool = False) -> File: ...
     @property
     def path(self) -> str:
         """The file that was opened; for a folder, its model.safetensors."""

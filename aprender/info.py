@@ -108,7 +108,7 @@ def _tokenizer(file: _core.File) -> dict[str, Any] | None:
     from aprender.errors import Error
     from aprender.text import for_model
 
-    said = _gguf_tokenizer(file) if file.container == "gguf" else _json_tokenizer(file)
+    said = _json_tokenizer(file) if file.container == "safetensors" else _keys_tokenizer(file)
     if said is None:
         return None
     try:
@@ -118,27 +118,33 @@ def _tokenizer(file: _core.File) -> dict[str, Any] | None:
     return said
 
 
-def _gguf_tokenizer(file: _core.File) -> dict[str, Any] | None:
-    """From the metadata of a GGUF."""
-    tokens, merges = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.merges")
+def _keys_tokenizer(file: _core.File) -> dict[str, Any] | None:
+    """From the metadata of a GGUF or APR file."""
+    from aprender.text.keys import APR, APR_TEMPLATE, GGUF, GGUF_TEMPLATE
+
+    apr = file.container == "apr"
+
+    def get(key: str) -> Any:
+        return file.get(APR[key] if apr else GGUF + key)
+
+    tokens, merges = get("tokens"), get("merges")
     if not isinstance(tokens, list):
         return None
     specials = {}
-    for key in file.keys:
-        role = re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", key)
-        if role:
-            ident = file.get(key)
+    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        ident = get(f"{role}_token_id")
+        if ident is not None:
             known = isinstance(ident, int) and 0 <= ident < len(tokens)
-            specials[role[1]] = {"id": _plain(ident), "piece": tokens[ident] if known else None}
+            specials[role] = {"id": _plain(ident), "piece": tokens[ident] if known else None}
     return {
-        "source": "tokenizer.ggml.* of the GGUF",
-        "kind": _plain(file.get("tokenizer.ggml.model")),
-        "pre": _plain(file.get("tokenizer.ggml.pre")),
+        "source": f"{'tokenizer' if apr else 'tokenizer.ggml'}.* of the {file.container.upper()}",
+        "kind": _plain(get("model")),
+        "pre": _plain(get("pre")),
         "tokens": len(tokens),
         "merges": len(merges) if isinstance(merges, list) else None,
         "specials": specials,
-        "add_bos": _plain(file.get("tokenizer.ggml.add_bos_token")),
-        "chat_template": file.get("tokenizer.chat_template") is not None,
+        "add_bos": _plain(get("add_bos_token")),
+        "chat_template": file.get(APR_TEMPLATE if apr else GGUF_TEMPLATE) is not None,
     }
 
 

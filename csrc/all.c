@@ -10,6 +10,7 @@
 #include "base/cursor.c"
 #include "base/json.c"
 #include "base/crc.c"
+#include "base/map.c"
 #include "base/tiers.c"
 #include "base/threads.c"
 /* 1 quant: what the bits of a block mean */

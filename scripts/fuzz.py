@@ -238,7 +238,7 @@ PLANTED = (
     ),
     ("file/gguf.c", "!ap_add_ok(t->offset, t->bytes, &end) || end > room", "(end = t->offset + t->bytes) > room + 1", "gguf"),
     ("file/file.c", "if (!file_order(file_name(&r, order[i - 1]), file_name(&r, order[i]))) return i;", "{}", "gguf"),
-    ("file/file.c", "s.n > max", "s.n > max + 9", "safetensors"),
+    ("file/file.c", "s.n > max", "s.n > max + 9", "gguf"),
     ("file/safetensors.c", "if (v[i] > INT64_MAX)", "if (0)", "safetensors"),
     ("file/safetensors.c", "if (t->offset < next) return", "if (0) return", "safetensors"),
     ("base/json.c", "j->depth == AP_JSON_DEPTH", "j->depth == AP_JSON_DEPTH + 1", "json"),
@@ -415,7 +415,7 @@ def main() -> int:
     commands.add_parser("coverage").add_argument("--missing", action="store_true")
     commands.add_parser("compiler")
     proving = commands.add_parser("prove")
-    proving.add_argument("--seconds", type=int, default=60, help="for each fault, at most")
+    proving.add_argument("--seconds", type=int, default=120, help="for each fault, at most")
     proving.add_argument("--record", type=Path)
     commands.add_parser("merge")
     commands.add_parser("seeds")

@@ -419,9 +419,10 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path: Path, mon
 def test_a_folder_that_is_being_written_is_refused_before_the_work(tmp_path: Path, check: Callable[[Path], None]) -> None:
     with atomic.locked(tmp_path), pytest.raises(CannotRun, match=f"pid {os.getpid()}"):
         check(tmp_path)
-    (tmp_path / ".lock").write_text("pid 1\n")  # of one that was killed
-    check(tmp_path)
-    assert (tmp_path / ".lock").read_text() == "pid 1\n"
+    for left in ("", "p", "pid", "pid 1\n"):  # of one that was killed
+        (tmp_path / ".lock").write_text(left)
+        check(tmp_path)
+        assert (tmp_path / ".lock").read_text() == left
 
 
 def test_a_note_of_what_may_be_replaced_is_whole_before_anything_is(tmp_path: Path) -> None:

@@ -1046,6 +1046,9 @@ def test_values_that_a_format_cannot_hold_are_named(
     folder = write_folder(tmp_path / "hf", shape, {key: ("F32", array.shape, array.tobytes()) for key, array in made.items()})
     said = failed(3, folder, tmp_path / "h.gguf", "--formats", "F16")  # float16 ends at 65504
     assert "blk.1.ffn_up.weight: F16 leaves a relative RMS error of inf" in said
+    made[name][3, 5:7] = np.inf, 1 / 3
+    folder = write_folder(tmp_path / "hf", shape, {key: ("F32", array.shape, array.tobytes()) for key, array in made.items()})
+    assert "a relative RMS error of nan" in failed(3, folder, tmp_path / "h.gguf", "--formats", "F16")  # nothing can be said about the rest
     assert left(tmp_path) == ["hf", "m.gguf"]
 
 
@@ -1078,6 +1081,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a dimension": flip(lambda data: data.index(b"up_proj.weight" if data[:3] == b"APR" else b"ffn_up.weight") + 20),
     "a weight": flip(lambda data: len(data) - 3000),
     "the last weight": flip(lambda data: len(data) - 200),
+    "the last byte": flip(lambda data: len(data) - 1),  # of APR's checksum, or of what fills a GGUF up
     "an end cut off": lambda path: os.truncate(path, path.stat().st_size - 64),
     "bytes at the end": lambda path: path.write_bytes(path.read_bytes() + bytes(64)),
 }

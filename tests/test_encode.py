@@ -26,15 +26,18 @@ SAME_BYTES = ("Q8_0", "Q4_0")
 
 
 def drawn(scale: float, seed: int = 0) -> NDArray[np.float32]:
-    """[64, 256] around `scale`, with rows of zeros, of one number, of numbers half way between two quants, and with large values alone."""
+    """[64, 256] around `scale`, with rows of zeros, of one number, of few numbers, of numbers half way between quants, with outliers."""
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((64, 256)) * scale
     x[0] = 0
     x[1] = scale
     x[2] = -scale
-    x[3:9] = np.round(x[3:9] / scale * 2) / 2 * scale
+    x[3:9] = np.round(x[3:9] / scale) * scale
     x[9, ::32] *= 20
     x[10, 1::2] = -x[10, ::2]  # both signs of the largest magnitude
+    for row, top in ((11, 127), (12, -127), (13, 8), (14, -8)):  # half way between two quants, exactly
+        x[row] = (np.arange(256) % 32 % abs(top) - abs(top) // 2 + 0.5) * scale
+        x[row, ::32] = top * scale
     x[-1] = -0.0
     return x.astype(np.float32)
 
@@ -75,7 +78,7 @@ def test_bf16_rounds_to_nearest_even() -> None:
 
 
 #: Below 1e-38 the inverse of the scale overflows, and what ggml then converts to an integer is undefined.
-SCALES = (1e-30, 1e-9, 1e-7, 1e-6, 1e-4, 1.0, 100.0, 1e4)
+SCALES = (1e-30, 1e-9, 1e-7, 1e-6, 1e-4, 1.0, 100.0, 3e3)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -124,6 +127,7 @@ def populations() -> dict[str, NDArray[np.float32]]:
         "tiny": gaussian * 1e-30,
         "subnormal": gaussian * 1e-40,
         "zero": np.zeros(shape),
+        "halves": np.where(np.arange(1024) % 32, generator.integers(-7, 7, shape) + 0.5, 7),  # exactly half way, under a scale of one
     }
     return {name: x.astype(np.float32) for name, x in made.items()}
 
@@ -140,11 +144,11 @@ def rms(x: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize("kind", POPULATIONS)
 @pytest.mark.parametrize("name", SEARCHED)
 def test_no_worse_than_ggml(name: str, kind: str, peer: llamacpp.Peer) -> None:
-    """The error of our search, by ggml's own decoder, is at most 1.05 times that of ggml's encoder."""
+    """The error of our search, by ggml's own decoder, is no more than 1.01 times that of ggml's encoder."""
     x = POPULATIONS[kind]
     mine = peer.dequantize(name, _core.encode(name, x).tobytes(), x.size).reshape(x.shape)
     theirs = peer.dequantize(name, peer.quantize(name, x), x.size).reshape(x.shape)
-    assert rms(mine.astype(np.float64) - x) <= 1.05 * rms(theirs.astype(np.float64) - x)
+    assert rms(mine.astype(np.float64) - x) <= 1.01 * rms(theirs.astype(np.float64) - x)
 
 
 @pytest.mark.parametrize("kind", POPULATIONS)

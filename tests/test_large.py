@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -150,7 +153,7 @@ def test_the_checksum_of_a_large_file(tmp_path: Path) -> None:
 
 
 def test_a_large_model_is_the_same_model(tmp_path: Path) -> None:
-    """Bound from a file that is read in pieces: the weights are right, and the stages alike in all containers."""
+    """Bound from a file read in pieces: the weights are right, the stages alike in all containers."""
     shape = tiny.Shape(vocab=40_000, layers=1)
     folder, path = tiny.save_hf(shape, tmp_path / "hf", dtype="float32"), tiny.save_gguf(shape, tmp_path / "m.gguf", "F32")
     assert min(path.stat().st_size, (folder / "model.safetensors").stat().st_size) > LARGE
@@ -171,3 +174,80 @@ def test_a_header_that_is_json_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     assert len(_core.File(path).tensors) == 120_000
+
+
+# ---- mapped ------------------------------------------------------------------------------------------------------------------------------
+
+
+def stages(model: _core.Model) -> dict[str, bytes]:
+    return {str(key): value.tobytes() for key, value in _core.Run(model).forward([1, 2, 3], "all").items()}
+
+
+def test_a_mapped_model_is_the_same_model(tmp_path: Path) -> None:
+    shape = tiny.Shape()
+    folder = tmp_path / "shards"
+    tiny.hf_model(shape).save_pretrained(folder, max_shard_size="40KB")
+    for path in (tiny.save_gguf(shape, tmp_path / "m.gguf", "Q8_0"), folder):
+        read, mapped = _core.File(path), _core.File(path, mmap=True)
+        assert stages(_core.Model(read)) == stages(_core.Model(mapped))
+        name = read.tensors[3].name
+        assert np.array_equal(read.raw(name), mapped.raw(name))
+        assert np.array_equal(read.dequantize(name), mapped.dequantize(name))
+        with pytest.raises(ValueError, match="read-only"):
+            mapped.raw(name)[0] = 1
+
+
+def test_mapping_takes_no_memory(tmp_path: Path) -> None:
+    before = _core._live_bytes()
+    file = _core.File(gguf(tmp_path / "m.gguf"), mmap=True)
+    assert ends(file, "a") == (1, 2)
+    assert ends(file, "b") == (3, 4)
+    assert _core._live_bytes() - before < LARGE + (1 << 16)
+
+
+def test_a_mapped_file_that_shrinks_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """Of all that may be computed with it; the process lives, and other files are as they were."""
+    shape = tiny.Shape(vocab=2000)
+    path = tiny.save_gguf(shape, tmp_path / "m.gguf", "F32")
+    other = _core.Model(_core.File(tiny.save_gguf(shape, tmp_path / "other.gguf", "F32"), mmap=True))
+    good = stages(other)
+    file = _core.File(path, mmap=True)
+    model = _core.Model(file)
+    assert stages(model) == good
+    os.truncate(path, 4096)
+    name = model.weights[-1].tensor
+    for use in (
+        lambda: stages(model), lambda: file.raw(name), lambda: file.dequantize(name), lambda: model.weight("output"),
+        lambda: model.weight_raw("output"),
+    ):  # fmt: skip
+        with pytest.raises(FormatError) as caught:
+            use()
+        assert caught.value.code == "CHANGED"
+    assert stages(other) == good
+
+
+def test_a_mapped_file_that_is_written_to(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.Shape(), tmp_path / "m.gguf", "F32")
+    model = _core.Model(_core.File(path, mmap=True))
+    stages(model)
+    with path.open("r+b") as out:
+        out.seek(-4, os.SEEK_END)
+        out.write(b"abcd")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(FormatError) as caught:
+        stages(model)
+    assert caught.value.code == "CHANGED"
+
+
+def test_another_handler_of_bus_errors_is_left_alone() -> None:
+    """A fault outside our maps goes to who came before: here to faulthandler, which ends the process with a traceback."""
+    code = (
+        "import faulthandler, sys, mmap, tempfile, os; faulthandler.enable()\n"
+        "from aprender import _core, canary\n"
+        "keep = _core.File(canary(), mmap=True)\n"
+        "file = tempfile.TemporaryFile(); file.truncate(8192); view = mmap.mmap(file.fileno(), 8192); file.truncate(0)\n"
+        "print(view[5000])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.SIGBUS
+    assert "Bus error" in ran.stderr

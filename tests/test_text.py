@@ -9,6 +9,7 @@ shows in the ids.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import gguf
 import llamacpp
@@ -27,10 +29,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import aprender
-from aprender import _core, text
+from aprender import _core, bisect, run, text, trace
+from aprender.captures import open_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, FormatError
 from aprender.text import backend as library
-from aprender.text import chat
+from aprender.text import chat, sentencepiece
 
 CANARY = Path(aprender.canary(""))
 Pair = tuple[text.Tokenizer, text.Tokenizer]  # from GGUF, from tokenizer.json
@@ -528,6 +531,37 @@ def test_sentencepiece_against_llamacpp(pieces: Pieces, peer: llamacpp.Peer, tmp
         assert made.encode(prompt) == peer.tokenize(path, prompt), prompt
 
 
+def by_score(prompt: str, scores: dict[str, float]) -> list[str]:
+    """The rule as it is told: of all neighbours that are a token together, the best one merges, the leftmost if there are several."""
+    symbols = list(prompt)
+    while True:
+        places = [place for place in range(len(symbols) - 1) if symbols[place] + symbols[place + 1] in scores]
+        if not places:
+            return symbols
+        place = max(places, key=lambda place: (scores[symbols[place] + symbols[place + 1]], -place))
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+
+
+def test_merges_are_those_by_score() -> None:
+    """Small vocabularies of two letters, most of whose tokens can be made in several ways, in any order of scores."""
+    random = Random(5)
+    several = 0
+    for _ in range(120):
+        word = "".join(random.choices("ab", k=6))
+        parts = sorted({word[first:last] for first, last in itertools.combinations(range(7), 2) if last - first > 1})
+        made = random.sample(parts, random.randrange(4, len(parts) + 1))
+        tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", *made]
+        scores = {token: -1.0 - place for place, token in enumerate(made)}
+        several += sum(len(sentencepiece.cuts(token, dict.fromkeys(tokens, 0))) > 1 for token in made)
+        metadata = {"model": "llama", "tokens": tokens, "scores": [0.0] * 259 + list(scores.values()), "add_bos_token": False}
+        metadata |= {"add_space_prefix": False, "token_type": [2] + [6] * 256 + [1] * (2 + len(made))}
+        known = text.from_gguf({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+        for _ in range(60):
+            prompt = "".join(random.choices("ab", k=random.randrange(1, 12)))
+            assert [tokens[token] for token in known.encode(prompt)] == by_score(prompt, scores), (made, prompt)
+    assert several > 100
+
+
 @pytest.mark.foreign
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece_against_transformers(pieces: Pieces, tmp_path: Path, legacy: bool) -> None:
@@ -697,3 +731,34 @@ def test_without_a_template_or_without_transformers(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
     with pytest.raises(CannotRun, match="transformers"):
         text.render_chat("{{ 1 }}", MESSAGES)
+
+
+@pytest.mark.foreign
+def test_the_option_chat(canary: Pair, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """run, trace and bisect take the prompt as a user's message: more tokens than the raw text's, those of the template."""
+    pytest.importorskip("transformers")
+    model, prompt = str(CANARY / "canary.gguf"), "What is 2+2?"
+    expected = chat.chat_ids(canary[0], prompt)
+    assert expected != canary[0].encode(prompt)
+    assert run.main([model, "--prompt", prompt, "--chat", "--json", "-n", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_ids"] == expected
+    assert trace.main([model, "--prompt", prompt, "--chat", "--stages", "lm_head", "-o", str(tmp_path / "out"), "-q"]) == 0
+    assert list(open_captures(tmp_path / "out").tokens) == expected
+    capsys.readouterr()
+    assert bisect.main([model, "--against", model, "--prompt", prompt, "--chat", "--json", "--answer", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [(run, ["--prompt-ids", "1"]), (trace, ["--prompt-ids", "1", "-o", "out"]), (bisect, ["--prompt-ids", "1"]), (bisect, [])],
+)
+def test_chat_without_a_text_is_wrong_usage(command: Any, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(CANARY / "canary.gguf"), *words, "--chat"]) == 2
+    assert "--chat needs a text" in capsys.readouterr().err
+
+
+def test_chat_with_a_model_that_has_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = train("qwen2", tmp_path, False)[1]
+    assert run.main([str(path), "--prompt", "hi", "--chat", "-n", "1"]) == 3
+    assert "no chat template" in capsys.readouterr().err

@@ -369,6 +369,8 @@ METADATA_ROWS: dict[str, tuple[type[Exception], str, str, dict[str, Any]]] = {
     "scores-tied": (FormatError, "UNSUPPORTED", "scores", {
         "tokens": [*PIECES, "ba"], "token_type": None, "scores": np.array([0.0] * 259 + [-2, -3, -1, -4, -1], np.float32)}),
     "long-piece": (FormatError, "LIMIT", "tokens", {"tokens": [*PIECES[:-1], "a" * 5000]}),
+    "long-pieces": (FormatError, "LIMIT", "tokens", {
+        "tokens": [*PIECES, *(f"{number:04000}" for number in range(30))], "token_type": None, "scores": np.arange(293, dtype=np.float32)}),
     "empty": (FormatError, "TOKENIZER", "tokens", {"tokens": ["", *PIECES[1:]]}),
     "twice": (FormatError, "DUPLICATE", "tokens", {"tokens": [*PIECES[:-1], "a"]}),
     "blanks": (FormatError, "UNSUPPORTED", "remove_extra_whitespaces", {"remove_extra_whitespaces": True}),

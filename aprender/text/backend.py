@@ -33,7 +33,8 @@ def guarded(source: str, call: Callable[[], T], code: str = "TOKENIZER") -> T:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic is not even one
-        raise FormatError(f"{source}: not a tokenizer that can be read: {error}", code=code, path=source) from None
+        why = " ".join(str(error).split())[:200]
+        raise FormatError(f"{source}: not a tokenizer that the library can use: {why}", code=code, path=source) from None
 
 
 def build(keys: Keys) -> tokenizers.Tokenizer:

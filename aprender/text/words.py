@@ -114,10 +114,8 @@ _ENDS = "[\r\n]"  # spelled as the characters themselves in some files
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^".replace('\\"', '"')
-    + "\r\n"
-    + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
-    + rf"{_ENDS}*|\s*{_ENDS}+|\s+(?!\S)|\s+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    rf"|[^{_ENDS[1:-1]}\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+{_ENDS}*|\s*{_ENDS}+|\s+(?!\S)|\s+",
 )
 _SEED = (
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^{_ENDS[1:-1]}\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}{_ENDS[1:-1]}]+"
@@ -158,14 +156,15 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "bloom": PreTokenizer((" ?[^(\\s|[.,!?…。，、।۔،])]+",)),
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"), nfc=None),
 }
-"""Names of ``tokenizer.ggml.pre`` whose meaning is known for certain, spelled as in the tokenizer.json of the model that has the name.
+"""Names of ``tokenizer.ggml.pre`` whose words are known for certain, in the spelling of the tokenizer.json of the model that has the name.
 
-The tests compare with llama.cpp's ids and list where it cuts a text otherwise.  Of several rows that are alike the first is written.
+The tests compare every row with llama.cpp's ids and list where llama.cpp cuts a text otherwise than that tokenizer.json.  Of several rows
+that are alike the first is written.
 """
 
 PATTERNS: frozenset[str] = frozenset(step for rules in PRE_TOKENIZERS.values() for step in rules.steps if isinstance(step, str)) | {
     GPT2_WORDS,
-    GPT2_WORDS + r"|\s+",
+    GPT2_WORDS.removesuffix(r"|\s+"),
     _words("+"),
     r"\d{1,3}(?=(?:\d{3})*\b)",
 }

@@ -1,5 +1,5 @@
 /*
-** bytes.c: the only place that opens a file.  Regular files only, never blocking, never mapped; each read is followed by a look whether the file is still what
+** bytes.c: the only place that opens a file.  Regular files only, never blocking, mapped only where asked for; each read is followed by a look whether the file is still what
 ** it was.  It refuses symbolic links where the name came out of a file, except those that the cache of the Hugging Face hub is made of.
 */
 #include <errno.h>
@@ -8,11 +8,12 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "../base/map.h"
 #include "../base/mem.h"
 #include "../base/num.h"
 #include "bytes.h"
 
-struct ap_source { char *path; int fd; struct stat st; pthread_mutex_t lock; };
+struct ap_source { char *path; int fd; struct stat st; pthread_mutex_t lock; ap_map *map; };
 
 int ap_no_memory(uint64_t bytes, ap_err *e) { return ap_fail(e, AP_MEMORY, "no memory for %llu bytes", (unsigned long long)bytes); }
 
@@ -107,6 +108,7 @@ int ap_source_open_link(ap_source **out, const char *path, ap_err *e) {
 void ap_source_close(ap_source *s) {
     if (!s) return;
     close(s->fd);
+    ap_map_close(s->map);
     pthread_mutex_destroy(&s->lock);
     ap_free(s->path);
     ap_free(s);
@@ -138,10 +140,18 @@ static int bytes_fill(const ap_source *s, uint64_t at, uint8_t *p, uint64_t n, a
     return AP_OK;
 }
 
+int ap_source_map(ap_source *s, ap_err *e) { return ap_map_open(&s->map, s->fd, ap_source_size(s), e); }
+const uint8_t *ap_source_mapped(const ap_source *s) { return s->map ? ap_map_bytes(s->map) : NULL; }
+
 int ap_source_read(const ap_source *s, uint64_t at, void *p, uint64_t n, ap_err *e) {
+    AP_TRY(bytes_fill(s, at, p, n, e));
+    return ap_source_same(s, e);
+}
+
+int ap_source_same(const ap_source *s, ap_err *e) {
     struct stat now;
     char shown[132];
-    AP_TRY(bytes_fill(s, at, p, n, e));
+    if (s->map && ap_map_lost(s->map)) return ap_fail(e, AP_CHANGED, "'%s' shrank or could not be read while it was mapped", ap_show(shown, s->path, strlen(s->path)));
     if (fstat(s->fd, &now)) return bytes_io("look at", s->path, e);
     if (bytes_same(&s->st, &now)) return AP_OK;
     return ap_fail(e, AP_CHANGED, "'%s' was written to since it was opened", ap_show(shown, s->path, strlen(s->path)));

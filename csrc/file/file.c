@@ -58,8 +58,9 @@ static int file_have(ap_file *f, uint64_t have, ap_err *e) {
 /* A small file is read whole and closed; of a large one its beginning, where it describes itself. */
 static int file_load(ap_file *f, ap_err *e) {
     f->n = ap_source_size(f->src);
+    if (f->mapped) AP_TRY(ap_source_map(f->src, e));
     AP_TRY(file_have(f, f->n < AP_FILE_WHOLE ? f->n : AP_FILE_WHOLE, e));
-    if (f->have < f->n) return AP_OK;
+    if (f->have < f->n || f->mapped) return AP_OK;
     ap_source_close(f->src);
     f->src = NULL;
     return AP_OK;
@@ -143,6 +144,7 @@ int ap_file_zeros(const ap_file *f, uint64_t from, uint64_t to, uint64_t *odd, a
 }
 
 static int file_fetch(const ap_file *home, ap_tensor *t, ap_err *e) {
+    if (home->mapped) { t->data = ap_source_mapped(home->src) + t->offset; return AP_OK; }
     uint8_t *p = ap_alloc(t->bytes, 1);
     if (!p) return ap_no_memory(t->bytes, e);
     int rc = ap_source_read(home->src, t->offset, p, t->bytes, e);
@@ -200,6 +202,7 @@ int ap_file_open_shard(ap_file *f, ap_str name, ap_err *e) {
     f->shard[f->nshard++] = s;
     const char *slash = strrchr(f->path, '/');
     s->is_shard = 1;
+    s->mapped = f->mapped;
     s->kind = f->kind;
     s->path = ap_path_join(f->path, slash ? (size_t)(slash - f->path) + 1 : 0, plain);
     int rc = s->path ? file_shard_read(s, e) : ap_no_memory(strlen(f->path), e);
@@ -247,9 +250,16 @@ static int file_open(ap_file *f, const char *path, ap_err *e) {
     return file_parse(f, e);
 }
 
-int ap_file_open(ap_file **out, const char *path, ap_err *e) {
+int ap_file_same(const ap_file *f, ap_err *e) {
+    if (f->mapped) AP_TRY(ap_source_same(f->src, e));
+    for (int i = 0; i < f->nshard; i++) AP_TRY(ap_file_same(f->shard[i], e));
+    return AP_OK;
+}
+
+int ap_file_open(ap_file **out, const char *path, int mapped, ap_err *e) {
     *out = NULL;
     ap_file *f = ap_alloc(1, sizeof *f);
+    if (f) f->mapped = mapped;
     return f ? file_done(out, f, file_open(f, path, e)) : ap_no_memory(sizeof *f, e);
 }
 

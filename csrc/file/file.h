@@ -41,6 +41,7 @@ struct ap_file {
     struct ap_source *src;          /* where the others are; NULL when all are here */
     ap_file **shard; int nshard;    /* the other files of a model in several, opened and owned; this one is the first, or their index */
     int is_shard;                   /* opened as one of them   */
+    int mapped;                     /* tensors are not read but mapped: for models larger than memory */
     char *config; uint64_t config_n;/* config.json beside a safetensors file; NULL for other containers */
     char *text; uint64_t text_n;    /* un-escaped names of a JSON header */
     char *kv_text;                  /* un-escaped keys and values of JSON metadata */
@@ -51,7 +52,8 @@ struct ap_file {
     int *by_name;                   /* tensor indices sorted by name: ap_file_tensor is a binary search */
     uint32_t version, alignment;
 };
-int  ap_file_open(ap_file **out, const char *path, ap_err *e);            /* sniffs; a folder means its model.safetensors + config.json */
+int  ap_file_open(ap_file **out, const char *path, int mapped, ap_err *e);            /* sniffs; a folder means its model.safetensors + config.json */
+int  ap_file_same(const ap_file *f, ap_err *e);                           /* of a mapped file, after computing with it: AP_CHANGED if its bytes were not what they had been */
 int  ap_file_open_bytes(ap_file **out, const uint8_t *p, uint64_t n, const ap_container *kind, const char *config, uint64_t config_n, ap_err *e); /* for tests and fuzzers; copies; kind NULL: sniff */
 void ap_file_close(ap_file *f);
 const ap_tensor *ap_file_tensor(const ap_file *f, ap_str name);           /* NULL when absent */

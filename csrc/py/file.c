@@ -26,16 +26,17 @@ PyObject *ap_view(PyObject *owner, const void *p, int type, int nd, const npy_in
 }
 
 static PyObject *file_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
-    static char *names[] = { "path", NULL };
+    static char *names[] = { "path", "mmap", NULL };
     PyObject *path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O&:File", names, PyUnicode_FSConverter, &path)) return NULL;
+    int mapped = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O&|$p:File", names, PyUnicode_FSConverter, &path, &mapped)) return NULL;
     py_file *self = (py_file *)type->tp_alloc(type, 0);
     if (!self) { Py_DECREF(path); return NULL; }
     ap_err e = AP_ERR_INIT;
     const char *name = PyBytes_AS_STRING(path);
     int rc;
     Py_BEGIN_ALLOW_THREADS
-    rc = ap_file_open(&self->f, name, &e);
+    rc = ap_file_open(&self->f, name, mapped, &e);
     Py_END_ALLOW_THREADS
     if (rc) { ap_raise(ap_state_of(type), &e, name); Py_CLEAR(self); }
     Py_DECREF(path);
@@ -172,6 +173,23 @@ static const ap_tensor *file_find(PyObject *self, PyObject *name) {
     return t;
 }
 
+/* Of a mapped file: were the bytes that were just used those of the file?  0 with an exception set if not. */
+static int file_whole(PyObject *self) {
+    ap_err e = AP_ERR_INIT;
+    if (!ap_file_same(ap_file_of(self), &e)) return 1;
+    ap_raise(ap_state_of(Py_TYPE(self)), &e, ap_file_of(self)->path);
+    return 0;
+}
+
+PyObject *ap_file_array(PyObject *self, const uint8_t *data, int nd, const npy_intp *dim) {
+    PyObject *a = ap_file_of(self)->mapped ? PyArray_SimpleNew(nd, dim, NPY_UINT8) : ap_view(self, data, NPY_UINT8, nd, dim);
+    if (!a || !ap_file_of(self)->mapped) return a;
+    memcpy(PyArray_DATA((PyArrayObject *)a), data, (size_t)PyArray_SIZE((PyArrayObject *)a));
+    PyArray_CLEARFLAGS((PyArrayObject *)a, NPY_ARRAY_WRITEABLE);
+    if (!file_whole(self)) Py_CLEAR(a);
+    return a;
+}
+
 /* The bytes of a tensor, NULL with an exception set. */
 static const uint8_t *file_data(PyObject *self, const ap_tensor *t) {
     static const uint8_t nothing[1] = { 0 };
@@ -189,7 +207,7 @@ static PyObject *file_raw(PyObject *self, PyObject *name) {
     const ap_tensor *t = file_find(self, name);
     const uint8_t *data = t ? file_data(self, t) : NULL;
     npy_intp n = t ? (npy_intp)t->bytes : 0;
-    return data ? ap_view(self, data, NPY_UINT8, 1, &n) : NULL;
+    return data ? ap_file_array(self, data, 1, &n) : NULL;
 }
 
 static PyObject *file_dequantize(PyObject *self, PyObject *name) {
@@ -209,6 +227,7 @@ static PyObject *file_dequantize(PyObject *self, PyObject *name) {
     Py_BEGIN_ALLOW_THREADS
     for (int64_t row = 0; n && row < n / cols; row++) ap_format_row(t->fmt, data, cols, row, out + row * cols);
     Py_END_ALLOW_THREADS
+    if (!file_whole(self)) Py_CLEAR(a);
     return a;
 }
 
@@ -278,6 +297,6 @@ static PyMethodDef file_methods[] = {
 };
 static PyType_Slot file_slots[] = {
     { Py_tp_new, file_new }, { Py_tp_dealloc, file_dealloc }, { Py_tp_repr, file_repr }, { Py_tp_getset, file_getset }, { Py_tp_methods, file_methods },
-    { Py_tp_doc, "File(path)\n--\n\nAn opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json." }, { 0, NULL },
+    { Py_tp_doc, "File(path, *, mmap=False)\n--\n\nAn opened container: GGUF, APR, safetensors, or a folder with model.safetensors (or its shards' index) and config.json." }, { 0, NULL },
 };
 PyType_Spec ap_file_spec = { "aprender._core.File", sizeof(py_file), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, file_slots };

@@ -119,6 +119,9 @@ static PyObject *model_weight(PyObject *o, PyObject *args) {
     for (int64_t n = 0; n < w->rows; n++)
         ap_format_row(w->fmt, w->data, w->cols, ap_weight_row_at(w, n), out + n * w->cols);
     Py_END_ALLOW_THREADS
+    ap_err e = AP_ERR_INIT;
+    const ap_file *f = ap_model_of(o)->file;
+    if (ap_file_same(f, &e)) { Py_DECREF(a); return ap_raise(ap_state_of(Py_TYPE(o)), &e, f->path); }
     return a;
 }
 
@@ -128,7 +131,7 @@ static PyObject *model_weight_raw(PyObject *o, PyObject *args) {
     if (!w) return NULL;
     int rows = w->fmt->packing == AP_PACK_ROWS;
     npy_intp dim[2] = { (npy_intp)w->rows, (npy_intp)ap_format_row_bytes(w->fmt, w->cols) }, whole = (npy_intp)ap_model_of(o)->file->t[w->tensor].bytes;
-    return ap_view(ap_model_file(o), w->data, NPY_UINT8, rows ? 2 : 1, rows ? dim : &whole);
+    return ap_file_array(ap_model_file(o), w->data, rows ? 2 : 1, rows ? dim : &whole);
 }
 
 static PyObject *model_arch(PyObject *o, void *unused) { (void)unused; return PyUnicode_FromString(ap_archs[ap_model_of(o)->arch].name); }

@@ -35,6 +35,7 @@ PyObject *ap_dequantize(PyObject *module, PyObject *args, PyObject *kw);
 
 PyObject *ap_read_aprt(PyObject *module, PyObject *path);
 
+PyObject *ap_file_array(PyObject *file, const uint8_t *data, int nd, const npy_intp *dim);   /* bytes of a tensor: a view, or of a mapped file a copy */
 extern PyType_Spec ap_file_spec, ap_model_spec, ap_run_spec;
 extern PyStructSequence_Desc ap_tensor_info_desc, ap_weight_info_desc;
 struct ap_file; struct ap_model;

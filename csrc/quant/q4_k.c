@@ -34,7 +34,7 @@ static q4_k_line q4_k_fit(const float x[32]) {
     for (int i = 0; i < 32; i++) { lo = fminf(lo, x[i]); hi = fmaxf(hi, x[i]); sx += x[i]; sxx += (double)x[i] * x[i]; }
     q4_k_line best = { 0, -lo };                            /* all values alike and none above zero: the minimum says it all */
     for (int k = 0; k < 15 && hi > lo; k++) {
-        float top = 15 + (float)(k % 2 ? -(k + 1) / 2 : k / 2) * 0.125f, stretch = top / (hi - lo);    /* the plain stretch first, then ever further from it */
+        float top = 15 + (float)(k % 2 ? -(k + 1) / 2 : k / 2) * 0.25f, stretch = top / (hi - lo);     /* the plain stretch first, then ever further from it */
         if (isinf(stretch)) break;                          /* values far below the least half */
         int sq = 0, sqq = 0;
         double sxq = 0;

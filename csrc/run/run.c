@@ -115,6 +115,7 @@ static int run_request(ap_run *r, const ap_request *q, ap_plan *p, run_marks *k,
     int rc = run_steps(r, p, k, e);
     fesetenv(&env);
     AP_TRY(rc);
+    AP_TRY(ap_file_same(r->m->file, e));            /* of a mapped model: were these the weights? */
     AP_TRY(r->be->fetch(r->dev, p, *keep, e));
     if (q->advance) r->pos += q->T;
     return AP_OK;

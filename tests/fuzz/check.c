@@ -161,7 +161,7 @@ static void check_tensor(const ap_file *whole, const ap_tensor *t) {
     CHECK(t->part >= 0 && t->part <= whole->nshard, "part %d of %d", t->part, whole->nshard);
     const ap_file *f = t->part ? whole->shard[t->part - 1] : whole;
     check_name(f, t->name, "tensor name");
-    CHECK(t->name.n <= 256, "a tensor name of %llu bytes", (unsigned long long)t->name.n);
+    CHECK(t->name.n <= (strcmp(whole->kind->name, "gguf") ? 256 : 64), "a tensor name of %llu bytes", (unsigned long long)t->name.n);
     CHECK(t->fmt && t->nd >= 0 && t->nd <= AP_MAX_DIMS, "a tensor of no format or %d dimensions", t->nd);
     for (int i = 0; i < t->nd; i++) CHECK(t->dim[i] >= 0, "a dimension of %lld", (long long)t->dim[i]);
     CHECK(check_within(t->data, t->bytes, f->p, f->n) || !t->bytes, "the data of a tensor are outside the file");

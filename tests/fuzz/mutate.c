@@ -18,6 +18,13 @@ uint64_t mut_next(mut_rng *r) {                 /* splitmix64 */
 size_t mut_below(mut_rng *r, size_t n) { return n ? (size_t)(mut_next(r) % n) : 0; }
 int mut_chance(mut_rng *r, int percent) { return (int)mut_below(r, 100) < percent; }
 
+/* Times a width it wraps to something small, or to what it was: widths of values, entries and blocks. */
+static uint64_t mut_wrapping(mut_rng *r, uint64_t was) {
+    static const uint16_t width[] = { 2, 4, 8, 2, 4, 8, 12, 14, 16, 18, 20, 25, 34, 64, 120, 128, 144, 210 };
+    uint64_t w = width[mut_below(r, sizeof width / sizeof *width)];
+    return UINT64_MAX / w + 1 + (mut_chance(r, 50) ? was : mut_below(r, 2));
+}
+
 uint64_t mut_number(mut_rng *r, uint64_t was, uint64_t left) {
     switch (mut_below(r, 12)) {
     case 0:  return 0;
@@ -30,7 +37,7 @@ uint64_t mut_number(mut_rng *r, uint64_t was, uint64_t left) {
     case 7:  return (uint64_t)1 << 31 << (mut_below(r, 3) * 16);              /* 2^31, 2^47, 2^63 */
     case 8:  return UINT64_MAX - mut_below(r, 33);
     case 9:  return mut_below(r, 300);
-    case 10: return UINT64_MAX / (1 + mut_below(r, 400)) + 1;                 /* times that number it wraps to something small */
+    case 10: return mut_wrapping(r, was);
     default: return ((uint64_t)1 << mut_below(r, 64)) + mut_below(r, 3) - 1;
     }
 }

@@ -107,7 +107,7 @@ static int folder_use(const check_input *in, ap_err *e) {
         ap_free(a.memory);
         return AP_OK;
     }
-    AP_TRY(ap_file_open(&f, path, e));
+    AP_TRY(ap_file_open(&f, path, 0, e));
     check_file(f);
     int rc = use_file(f, e);
     ap_file_close(f);

@@ -11,7 +11,7 @@ from glob import glob
 import numpy
 from setuptools import Extension, setup
 
-FLOORS = ("base", "quant", "file", "plan", "cpu", "run", "py")  # csrc/cuda is built by nvcc into its own library
+FLOORS = ("base", "quant", "measure", "file", "plan", "cpu", "run", "py")  # csrc/cuda is built by nvcc into its own library
 
 
 def sources() -> list[str]:

@@ -222,6 +222,26 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /, *, tier: st
         A tier that does not exist here.
     """
 
+def compare(a: NDArray[np.float32], b: NDArray[np.float32], /, *, limit: int = 0, threads: int = 0) -> dict[str, Any]:
+    """What one pass over two float32 arrays of one size says of them; the same bits for any number of threads.
+
+    Returns
+    -------
+    dict
+        Counts ``bits_equal``, ``value_equal`` (0 and -0 are, so are two NaN), ``nan_a``, ``nan_b`` (in one alone), ``nan_both``,
+        ``inf_unlike`` and ``finite`` (pairs); over the finite pairs the sums ``a b aa bb`` (of a, b and their squares), ``dd`` of (a - b)^2
+        and ``ab`` of (a - b)(a + b), ``max_abs`` and its first place ``max_at``, ``max_ulp`` in float32 steps; ``first`` place whose bits
+        differ (-1: none); ``top``, the ``limit`` places that differ most as (place, gap): gap 2e300 where one is NaN, 1e300 where an
+        infinity meets something else.
+
+    Raises
+    ------
+    TypeError
+        Not float32.
+    ValueError
+        Different sizes.
+    """
+
 def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:
     """One APRT file: its layer (None: the whole model) and its values, [count], a read-only view whose bits are those of the file.
 

@@ -48,6 +48,8 @@
 #include "quant/apr_q8.c"
 #include "quant/formats.c"
 #include "quant/fast.c"
+/* 1 measure: arrays in, numbers out */
+#include "measure/compare.c"
 /* 2 file: containers */
 #include "file/bytes.c"
 #include "file/file.c"
@@ -75,6 +77,7 @@
 #include "py/errors.c"
 #include "py/file.c"
 #include "py/quant.c"
+#include "py/measure.c"
 #include "py/aprt.c"
 #include "py/model.c"
 #include "py/run.c"

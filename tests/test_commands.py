@@ -44,6 +44,7 @@ WORDS: dict[str, list[str]] = {
     "trace": ["model.gguf", "--prompt-ids", "1", "-o", "out"],
     "oracle": ["folder", "--prompt-ids", "1", "-o", "out"],
     "diff": ["a", "b"],
+    "weights": ["a.gguf", "b"],
     "run": ["model.gguf", "--prompt-ids", "1"],
     "info": ["model.gguf"],
     "convert": ["model.gguf", "out.apr"],

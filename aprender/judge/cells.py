@@ -10,8 +10,8 @@ scales* allow.  A format without blocks has few enough codes to decode them all.
 A cell is half a step to each side, and more only where encoders are known to go further (figures: llama.cpp's own encoders on eight kinds
 of data, normal, heavy-tailed, uniform, shifted, and on trained weights):
 
-* a scale is rounded to a half after the codes were picked, which moves a value by 2^-11 of the largest one (a little more under a rounded
-  minimum or sub-scale: 3.5 times that covers what was measured);
+* a scale is rounded to a half after the codes were picked, which moves a value by 2^-11 of itself (twice that where sub-scales are rounded
+  too, and 2.5 times where a minimum is);
 * a value beyond the range of its group gets the end code: up to half of the block's largest step further out, plus what rounding the
   group's minimum takes away;
 * a group whose scale became zero: half of the block's largest step;
@@ -42,9 +42,6 @@ TINY = 2.0**-25
 
 CLIP = 0.56
 """How far beyond its range, in the largest step of its block, an encoder leaves a value; measured 0.50."""
-
-MINIMUM = 1 / 24
-"""Of the block's largest minimum: what rounding one to 4 bits moves the range by (1/30), with room."""
 
 REACH = (8.0, 20.0)
 """With an importance matrix: steps beyond the cell inside the range (one scale per block; measured 6), and beyond its end (measured 16)."""
@@ -109,6 +106,8 @@ class Layout:
         One scale for the whole block.
     shifted : bool
         Groups have a minimum of their own, besides the scale.
+    minima : int
+        Into how many steps the minima of a block are rounded; 0 if they are not.
     """
 
     mask: Bytes
@@ -119,6 +118,17 @@ class Layout:
     group: int
     single: bool
     shifted: bool
+    minima: int
+
+    @property
+    def doubt(self) -> float:
+        """By how many roundings to a half the number that a code was picked for may differ from its stored scale times the code."""
+        return 1.05 if self.even and not (self.single and self.shifted) else 2.0
+
+    @property
+    def even(self) -> bool:
+        """Whether the levels are evenly spaced."""
+        return self.units == self.levels.size - 1
 
 
 def _read(name: str, data: Bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -160,7 +170,7 @@ def layout(name: str) -> Layout:
     for code in range(1 << width):
         patterns[code, bits[:, [bit for bit in range(width) if code >> bit & 1]].reshape(-1)] = 1
     patterns = np.packbits(patterns, axis=1, bitorder="little")
-    mask, clearest, table, offsets, breaks = patterns[-1], 0.0, np.empty((0, 0)), [], [bits.shape[0]]
+    mask, clearest, table, offsets, lows, breaks = patterns[-1], 0.0, np.empty((0, 0)), [], [], [bits.shape[0]]
     for _ in range(400):  # scales at random: the levels are read where the minimum hides least of them
         base = random.integers(0, 256, size, np.uint8) & ~mask
         values = _decode(name, base | patterns)
@@ -168,23 +178,23 @@ def layout(name: str) -> Layout:
         if not (np.isfinite(values).all() and spread.all() and 1e-20 < np.abs(values).max() < 1e20):
             continue
         breaks.extend(np.flatnonzero((np.diff(values[0]) != 0) | (np.diff(values[-1]) != 0)) + 1)
+        lows.append(values[0])
         offsets.append(values[0] / (values[-1] - values[0] + (values[-1] == values[0])))
         clear = float((spread / np.abs(values).max(0)).min())
         if clear > clearest:
             clearest, table = clear, values
-    first, last = int(table[:, 0].argmin()), int(table[:, 0].argmax())
+    first, last = sorted((int(table[:, 0].argmin()), int(table[:, 0].argmax())))  # code 0 is the minimum where there is one
     levels = np.unique(np.round(np.median((table - table[first]) / (table[last] - table[first]), axis=1), 6))
-    units = next(n for n in range(1, 1 << 12) if np.abs(levels * n - np.round(levels * n)).max() < 2e-6 * n)
+    single, shifted = len(breaks) == 1, bool(np.ptp(np.array(offsets)) > 1e-2)
+    minima = max(_whole(low / np.abs(low).max(), 1e-5) for low in lows if low.any()) if shifted and not single else 0
     return Layout(
-        mask,
-        patterns[first],
-        patterns[last],
-        levels,
-        units,
-        int(np.gcd.reduce(breaks)),
-        len(breaks) == 1,
-        bool(np.ptp(np.array(offsets)) > 1e-2),
-    )
+        mask, patterns[first], patterns[last], levels, _whole(levels, 2e-6), int(np.gcd.reduce(breaks)), single, shifted, minima
+    )  # fmt: skip
+
+
+def _whole(numbers: Double, error: float) -> int:
+    """The smallest factor that makes whole numbers of these, each known to within `error`."""
+    return next((n for n in range(1, 1 << 12) if np.abs(numbers * n - np.round(numbers * n)).max() < error * n), 1 << 12)
 
 
 def _block_cells(name: str, blocks: Bytes, values: Double, decode: Any, wide: bool, loose: bool) -> Cells:
@@ -206,8 +216,9 @@ def _block_cells(name: str, blocks: Bytes, values: Double, decode: Any, wide: bo
     ends = code == 0, code == last
     np.subtract(first, outward, out=first, where=ends[0])
     np.add(second, outward, out=second, where=ends[1])
-    lower, upper = np.minimum(first, second) - slack, np.maximum(first, second) + slack
     step = np.abs(span) * (edges[1:] - edges[:-1])[code]
+    slack = slack + (np.abs(values - low if form.shifted else values) + step) * (HALF * form.doubt)
+    lower, upper = np.minimum(first, second) - slack, np.maximum(first, second) + slack
     if flat.any():
         lower, upper, step = np.where(flat, values - clip, lower), np.where(flat, values + clip, upper), np.where(flat, largest, step)
     if not loose:
@@ -221,7 +232,7 @@ def _block_cells(name: str, blocks: Bytes, values: Double, decode: Any, wide: bo
 
 def _codes(form: Layout, place: Double) -> NDArray[np.intp]:
     """Numbers of the levels nearest to places in 0..1."""
-    if form.units == form.levels.size - 1:  # evenly spaced
+    if form.even:
         near: NDArray[np.intp] = np.clip(np.rint(place * form.units), 0, form.units).astype(np.intp)
         return near
     return np.searchsorted((form.levels[1:] + form.levels[:-1]) / 2, place)
@@ -230,12 +241,12 @@ def _codes(form: Layout, place: Double) -> NDArray[np.intp]:
 def _room(form: Layout, low: Double, span: Double, block: int) -> tuple[Double, Double, Double]:
     """What encoders need besides half a step: everywhere, and beyond the range; and the largest step of the block."""
     size = np.maximum(np.abs(low), np.abs(low + span))
-    plain = form.single and not form.shifted
-    slack = (1.05 if plain else 3.5) * HALF * size + TINY * form.units * (1 if form.single else SUBSCALES[0])
+    early = SUBSCALES[0] if not form.single and not form.even else 1  # the code is picked before any scale is rounded
     nothing = TINY * form.units * (8 if form.single else SUBSCALES[1])
+    slack = (2.5 * HALF * np.abs(low) if form.shifted else 0) + TINY * form.units * early
     slack = slack + np.where(_over_blocks(size, block) < 4 * nothing, nothing, 0)
     largest = _over_blocks(np.abs(span), block) * np.diff(form.levels).max()
-    clip = CLIP * largest + (MINIMUM * _over_blocks(np.abs(low), block) if form.shifted else 0) + nothing
+    clip = CLIP * largest + (1.1 / (2 * form.minima) * _over_blocks(np.abs(low), block) if form.minima else 0) + nothing
     return slack, clip, largest
 
 

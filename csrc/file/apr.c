@@ -146,13 +146,18 @@ static int apr_entry(ap_file *f, ap_cur *c, ap_tensor *t, ap_err *e) {
     return ap_fail_at(e, AP_SIZE, at, name, "tensor '%s' has %llu bytes by its entry, %llu by its shape and dtype %s", name, (unsigned long long)size, (unsigned long long)t->bytes, t->fmt->name);
 }
 
+/* Looks ahead before it takes memory, as in gguf.c. */
 static int apr_index(ap_file *f, const apr_head *h, ap_err *e) {
-    ap_cur c = { f->p, h->data, h->index, f->n };
-    uint64_t most = ap_left(&c) / APR_ENTRY_MIN;
-    if (h->tensors > most) return ap_fail_at(e, AP_COUNT, 8, NULL, "%u tensors declared, the index of %llu bytes holds at most %llu", (unsigned)h->tensors, (unsigned long long)ap_left(&c), (unsigned long long)most);
-    AP_TRY(ap_file_reserve(f, h->tensors, (ap_left(&c) - (uint64_t)h->tensors * APR_ENTRY_MIN) / sizeof *f->dims, e));     /* what is no entry may be dimensions */
+    ap_cur c = { f->p, h->data, h->index, f->n }, ahead = c;
+    int64_t dim[APR_DIMS];
+    uint64_t dims = 0;
     for (uint32_t i = 0; i < h->tensors; i++) {
-        int64_t dim[APR_DIMS];
+        ap_tensor t = { .dim = dim };
+        AP_TRY(apr_entry(f, &ahead, &t, e));
+        dims += (uint64_t)t.nd;
+    }
+    AP_TRY(ap_file_reserve(f, h->tensors, dims, e));
+    for (uint32_t i = 0; i < h->tensors; i++) {
         ap_tensor t = { .dim = dim };
         AP_TRY(apr_entry(f, &c, &t, e));
         if (ap_left(&c) / APR_ENTRY_MIN < h->tensors - i - 1) return apr_short(&c, e);      /* these dimensions are the place of entries that are still to come */

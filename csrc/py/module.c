@@ -21,6 +21,7 @@ static PyObject *module_calls(PyObject *self, PyObject *unused) { (void)self; (v
 static PyMethodDef module_methods[] = {
     { "encode", (PyCFunction)(void (*)(void))ap_encode, METH_VARARGS | METH_KEYWORDS, "encode($module, format, values, /, *, pad=False, threads=0)\n--\n\nThe bytes of float32 values in a format." },
     { "dequantize", (PyCFunction)(void (*)(void))ap_dequantize, METH_VARARGS | METH_KEYWORDS, "dequantize($module, format, data, shape, /, *, tier=None)\n--\n\nThe float32 values that bytes mean in a format." },
+    { "compare", (PyCFunction)(void (*)(void))ap_measure_compare, METH_VARARGS | METH_KEYWORDS, "compare($module, a, b, /, *, limit=0, threads=0)\n--\n\nWhat one pass over two float32 arrays says of them." },
     { "read_aprt", ap_read_aprt, METH_O, "read_aprt($module, path, /)\n--\n\nOne APRT file: its layer (None: the whole model) and its values, a read-only view." },
     { "_fail_allocation", module_fail_at, METH_O, "_fail_allocation($module, n, /)\n--\n\nFor tests: the nth allocation of the core from now fails; -1 never." },
     { "_live_bytes", module_live, METH_NOARGS, "_live_bytes($module)\n--\n\nFor tests: bytes that the core holds." },

@@ -24,5 +24,5 @@ void check_action(check_fn fn, const check_input *in);
 
 const ap_container *check_container(const char *name);           /* NULL when it is not built in                                   */
 int  check_open(ap_file **f, const check_input *in, ap_err *e);  /* opens, holds the peak of memory against the size of the input    */
-void check_file(const ap_file *f);                               /* every tensor and key of an opened file is what file.h says       */
+int  check_file(const ap_file *f, ap_err *e);                    /* every tensor and key of an opened file is what file.h says       */
 #endif

@@ -356,6 +356,19 @@ def folder_seeds() -> dict[str, bytes]:
     }
 
 
+def staged_seeds() -> dict[str, bytes]:
+    """Small and larger than what is read at once."""
+    many: list[tuple[str, int, Any]] = [(f"key.{i}", STR, "x" * 40) for i in range(12)]
+    return {
+        "gguf": gguf_seeds()["basic"],
+        "gguf-long": gguf(many, [("a", [64], 0), ("b", [3, 2], 0)]),
+        "safetensors": safetensors_seeds()["basic"],
+        "safetensors-long": safetensors([(f"tensor.{i}", "F32", [2, 3]) for i in range(12)], {"key": "x" * 300}),
+        "apr": apr_seeds()["metadata"],
+        "apr-long": apr({f"key{i}": "x" * 40 for i in range(12)}, [("a", [64], 0), ("b", [2, 40], 128)]),
+    }
+
+
 def aprt_seeds() -> dict[str, bytes]:
     def aprt(layer: int, words: list[int]) -> bytes:
         return b"APRT" + struct.pack(f"<II{len(words)}I", layer, len(words), *words)
@@ -371,7 +384,7 @@ def aprt_seeds() -> dict[str, bytes]:
 
 TARGETS = {
     "gguf": gguf_seeds, "safetensors": safetensors_seeds, "config": config_seeds, "json": json_seeds, "bind": bind_seeds, "apr": apr_seeds,
-    "aprt": aprt_seeds, "folder": folder_seeds,
+    "aprt": aprt_seeds, "folder": folder_seeds, "staged": staged_seeds,
 }  # fmt: skip
 
 

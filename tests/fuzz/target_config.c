@@ -36,8 +36,8 @@ static size_t config_model(uint8_t *out) {
 static int config_use(const check_input *in, ap_err *e) {
     ap_file *f;
     AP_TRY(check_open(&f, in, e));
-    check_file(f);
-    int rc = use_file(f, e);
+    int rc = check_file(f, e);
+    if (!rc) rc = use_file(f, e);
     ap_file_close(f);
     return rc;
 }

@@ -107,9 +107,9 @@ static int folder_use(const check_input *in, ap_err *e) {
         ap_free(a.memory);
         return AP_OK;
     }
-    AP_TRY(ap_file_open(&f, path, 0, e));
-    check_file(f);
-    int rc = use_file(f, e);
+    AP_TRY(ap_file_open(&f, path, (int)(in->n & 1), e));        /* odd: mapped */
+    int rc = check_file(f, e);
+    if (!rc) rc = use_file(f, e);
     ap_file_close(f);
     return rc;
 }

@@ -5,9 +5,9 @@
 static int st_use(const check_input *in, ap_err *e) {
     ap_file *f;
     AP_TRY(check_open(&f, in, e));
-    check_file(f);
+    int rc = check_file(f, e);
     ap_file_close(f);
-    return AP_OK;
+    return rc;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *p, size_t n) {

@@ -183,6 +183,18 @@ PROFILES: Mapping[str, Profile] = {
             band=1.5,
             validated=True,
         ),
+        Profile(
+            name="ggml-cpu",
+            text="llama.cpp on a CPU: activations rounded as the weight's format wants, float32 cache, no flash attention",
+            activations=F32,
+            cache=F32,
+            order=Order(),
+            fused_bias=False,
+            table_ulps=0,
+            wide=False,
+            band=1.5,
+            validated=True,
+        ),
     )
 }
 """Every declared arithmetic, by name."""

@@ -54,12 +54,14 @@ def _saved(rest: str, spelling: str) -> Side:
     return SavedSide(rest, spelling=spelling)
 
 
-def _not_yet(rest: str, spelling: str) -> Side:
-    raise CannotRun(f"'{spelling}': llama.cpp as a side is not built yet", code="UNSUPPORTED", field="side")
+def _llamacpp(rest: str, spelling: str) -> Side:
+    from aprender.sides.llamacpp import LlamaCppSide
+
+    return LlamaCppSide(rest, spelling=spelling)
 
 
 PREFIXES: Mapping[str, Callable[[str, str], Side]] = {
-    "cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved, "llama.cpp": _not_yet,
+    "cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved, "llama.cpp": _llamacpp,
 }  # fmt: skip
 """Prefix before the first colon to what opens the rest."""
 
@@ -71,7 +73,7 @@ def open_side(spelling: str | os.PathLike[str]) -> Side:
     ----------
     spelling : str or Path
         ``model.gguf`` or ``folder/`` (our engine), ``cpu:`` or ``cuda:`` before it, ``hf:NAME_OR_FOLDER[@float32|@float16|@bfloat16]``,
-        ``saved:folder``.
+        ``llama.cpp:model.gguf``, ``saved:folder``.
 
     Returns
     -------

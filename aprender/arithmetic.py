@@ -80,6 +80,22 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Ggml:
+    """What differs between ggml's CPU variants; that a profile has one at all means the recipes of ``judge.ggml``.
+
+    Attributes
+    ----------
+    fma : bool
+        RoPE is contracted to fused multiply-adds.
+    half_away : bool
+        Activations of 8 bits are rounded by the reference rule (halves away from zero), not by the vectorised one.
+    """
+
+    fma: bool = True
+    half_away: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """One arithmetic.
 
@@ -105,6 +121,8 @@ class Profile:
         Largest rms z of a clean stage with this row, the order unknown (measured; ``judge.rule`` applies it).
     validated : bool
         Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated".
+    ggml : Ggml or None
+        Activations are rounded as the format of each weight wants, and the recipes are those of ``judge.ggml``.
     """
 
     name: str
@@ -117,6 +135,7 @@ class Profile:
     wide: bool
     band: float
     validated: bool
+    ggml: Ggml | None = None
 
     def with_order(self, data: Mapping[str, object] | None) -> Profile:
         """The row with the accumulation order that a side identified on its machine.
@@ -125,7 +144,8 @@ class Profile:
         ----------
         data : mapping or None
             What the side's probe found, as plain data (it travels in the manifest): ``{"matmul": "envelope"}``, or ``{"matmul": {"Kc":
-            {K: block, ...}, "rows": fewest tokens}}``; keys may be strings, as JSON makes them.  None: nothing is known.
+            {K: block, ...}, "rows": fewest tokens}}``; keys may be strings, as JSON makes them.  Of ggml ``{"fma": ..., "half_away":
+            ...}``, as its CPU variant does.  None: nothing is known.
 
         Returns
         -------
@@ -137,6 +157,9 @@ class Profile:
         ArgumentError
             The data are not of that form.
         """
+        if self.ggml is not None and data is not None:
+            said = {name: bool(data[name]) for name in ("fma", "half_away") if name in data}
+            return dataclasses.replace(self, ggml=dataclasses.replace(self.ggml, **said))
         found = None if data is None else data.get("matmul", "envelope")
         if found is None or found == "envelope" or self.order.lanes:
             return self
@@ -194,6 +217,7 @@ PROFILES: Mapping[str, Profile] = {
             wide=False,
             band=1.5,
             validated=True,
+            ggml=Ggml(),
         ),
     )
 }

@@ -240,11 +240,16 @@ def _replayed(dot: Dot, *operands: Operand) -> bool:
 
 
 def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Dot products of q and k, rounded; times the float32 scale, rounded.  A scale that is a power of two rounds nothing."""
+    """Dot products of q and k; the scale is 1 / sqrt(h), rounded once to float32 (``wide``: not at all)."""
+    scale = 1.0 / np.sqrt(int(at.hparams["head"]))
+    return scores(at, inputs, float(scale) if at.profile.wide else float(np.float32(scale)))
+
+
+def scores(at: Setting, inputs: Sequence[Operand], scale: float) -> Prediction:
+    """Dot products of q and k, rounded; times the scale, rounded.  A scale that is a power of two rounds nothing."""
     q, k = inputs
     fmt, head = at.profile.activations, int(at.hparams["head"])
     share = int(at.hparams["heads"]) // int(at.hparams["kv_heads"])
-    scale = float(1.0 / np.sqrt(head)) if at.profile.wide else float(np.float32(1.0 / np.sqrt(head)))
     dot = Dot(witness.heads_first(q.value, head), witness.heads_first(k.value, head, share), at.profile.order)
     qk, added = dot.value(), sums.estimate(dot)
     left = added.copy()

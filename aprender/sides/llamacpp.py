@@ -117,7 +117,8 @@ class LlamaCppSide:
         self.source = OwnSide(path, spelling=self.spelling)
         if self.source.file.container != CONTAINER:
             raise ConfigError(f"{path}: llama.cpp reads GGUF, this is {self.source.file.container}", code="UNSUPPORTED", path=str(path))
-        self._options = {"threads": threads or len(os.sched_getaffinity(0)), "chunk": chunk, "cpu": cpu, "cache": "F32"}
+        self._options: dict[str, Any] = {"threads": threads or len(os.sched_getaffinity(0)), "chunk": chunk, "cpu": cpu}
+        self._options |= {"cache": self.profile.cache.name}
 
     @property
     def digest(self) -> str:

@@ -38,6 +38,10 @@ LIBRARIES = ("libggml-base.so", f"libggml.v{RELEASE}.so", f"libllama.v{RELEASE}.
 CPU = "libggml-cpu-"
 """A file of this prefix is the CPU backend for one level of instructions."""
 
+WITHOUT_FMA = frozenset({"x64", "sse42", "sandybridge", "ivybridge"})
+HALF_AWAY = frozenset({"x64", "sse42"})
+"""CPU variants without fused multiply-add, and those that round activations to 8 bits by the reference rule."""
+
 Array = NDArray[np.float32]
 
 # ---- the structs of v0.5.0 -----------------------------------------------------------------------------------------------------------
@@ -69,8 +73,8 @@ CONTEXT: Mapping[str, tuple[str, int, int]] = {
     "type_v": ("i", 108, 1),
 }  # fmt: skip
 
-CACHE_TYPES: Mapping[str, tuple[int, type[np.generic]]] = {"F32": (0, np.float32), "F16": (1, np.float16)}
-"""ggml's number of what keys and values can be kept in here, and NumPy's type."""
+CACHE_TYPES: Mapping[str, tuple[int, type[np.generic]]] = {"f32": (0, np.float32), "f16": (1, np.float16)}
+"""As the profile calls it: ggml's number of what keys and values can be kept in here, and NumPy's type."""
 
 
 class Batch(ctypes.Structure):
@@ -217,7 +221,6 @@ VIEW = "VIEW"
 SOFT_MAX = "SOFT_MAX"
 SCORES = "SCORES"
 TRANSPOSED = frozenset({"cache_v"})  # without flash attention the values lie with the token as the fastest axis
-QUIRK = "ROPE_PAIRS"
 
 
 @dataclass(frozen=True)
@@ -278,7 +281,7 @@ def _spelled(name: str, op: str, layer: int | None) -> str:
 
 def lanes(stage: str, model: _core.Model) -> str:
     """Order of the RoPE partners where llama.cpp shows a stage: as the rows of q and k lie in the file."""
-    turned = QUIRK in model.quirks and stage in _TURNED
+    turned = model.quirks and stage in _TURNED
     return PAIRS if turned else HALVES
 
 
@@ -497,7 +500,7 @@ def capture(request: Mapping[str, Any], library: Library, tell: Any) -> None:
         flags=model.flags,
         hparams=dict(model.hparams),
         attestation=bool(np.array_equal(traced.view(np.uint32), plain.view(np.uint32))),
-        arithmetic={"cpu": library.cpu, "cache": cache, "chunk": chunk},
+        arithmetic={"cpu": library.cpu, "fma": library.cpu not in WITHOUT_FMA, "half_away": library.cpu in HALF_AWAY},
         tensors=notes,
     )
     save(Captures(arrays, made), request["out"])

@@ -21,7 +21,7 @@ from aprender import _core
 from aprender.arithmetic import BF16, F16, F32, Format, Ggml, Order
 from aprender.judge import noise, sums, witness
 from aprender.judge.prediction import Operand, Prediction, Setting
-from aprender.judge.rounding import CERTAIN, MEAN_ROUNDING, U, fma32, settle, to_format, ulp, variance
+from aprender.judge.rounding import CERTAIN, MEAN_ROUNDING, fma32, settle, to_format, ulp, variance
 from aprender.judge.sums import WIDENED, Dot
 from aprender.judge.witness import Float
 
@@ -30,6 +30,9 @@ Bytes = NDArray[np.uint8]
 
 LIBM = 0.06
 """Error of the C library's float32 cosine and sine before their last rounding, in steps: 0.56 in all (glibc's documentation)."""
+
+EXP = 8 * MEAN_ROUNDING
+"""Relative variance of ggml's vectorised exponential, which is good to 2 ulp (1.95 by its source): two uniform errors of one ulp."""
 
 BLOCKS: Mapping[str, tuple[int, int]] = {row[0]: (row[3], row[4]) for row in _core.FORMATS}
 """Format to the values and the bytes of one of its blocks."""
@@ -275,10 +278,9 @@ def _rope_table(at: Setting, _: Sequence[Operand]) -> Prediction:
 
 
 def _rope(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Each pair (a, b) to fma(a, c, -rnd(b s)) and fma(a, s, rnd(b c)): one product rounded, the other not."""
+    """Each pair (a, b) to fma(a, c, -rnd(b s)) and fma(a, s, rnd(b c)): one product is rounded, the other only without fused additions."""
     x, table = inputs
-    if not (at.profile.ggml or Ggml()).fma:
-        return noise.PREDICT["ROPE"](at, inputs)
+    contracted = at.profile.ggml is None or at.profile.ggml.fma
     head, fmt = int(at.hparams["head"]), at.profile.activations
     cos, sin = witness.spread_table(table.value, x.value.shape[1])
     unknown = np.zeros_like(table.value) if table.variance is None else table.variance
@@ -289,21 +291,36 @@ def _rope(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     a, a_left = x.value * cos, own * cos**2 + x.value**2 * cos_left
     b, b_left = turned * sin, turned_own * sin**2 + turned**2 * sin_left
     small, small_left = settle(np.where(first, b, a), np.where(first, b_left, a_left), F32)
-    pre = small + np.where(first, a, b)
-    left = small_left + np.where(first, a_left, b_left)
-    bits = np.where(first, fma32(x.value, cos, small), fma32(turned, sin, small))
-    total = left + variance(np.where(first, b, a), F32) + variance(pre, fmt)
+    large, large_left = np.where(first, a, b), np.where(first, a_left, b_left)
+    total = variance(np.where(first, b, a), F32) + (0.0 if contracted else variance(large, F32))
+    if contracted:
+        bits = np.where(first, fma32(x.value, cos, small), fma32(turned, sin, small))
+    else:
+        large, large_left = settle(large, large_left, F32)
+        bits = to_format(small + large, fmt)
+    pre, left = small + large, small_left + large_left
+    bits = np.where(left == 0, bits, to_format(pre, fmt))
     certain = (left == 0) if x.variance is None else False
-    return Prediction(pre, left, a + b, total, fmt, certain=certain, expected=np.where(left == 0, bits, to_format(pre, fmt)))
+    return Prediction(pre, left, a + b, left + total + variance(pre, fmt), fmt, certain=certain, expected=bits)
 
 
-# ---- the gate --------------------------------------------------------------------------------------------------------------------------
+# ---- exponentials ------------------------------------------------------------------------------------------------------------------------
+
+
+def _softmax(at: Setting, inputs: Sequence[Operand]) -> Prediction:
+    """The rounding of s - max is emulated; the exponential is the vectorised one."""
+    (s,) = inputs
+    exponent = to_format(noise.exponents(at, s), F32)
+    broken = np.isfinite(s.value)  # an overflow before stays what it is
+    return noise.softmax(at, Operand(np.where(broken, exponent, s.value), s.variance), np.full_like(exponent, EXP))
 
 
 def _silu(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Inside the fused gate: an exponential good to 2 ulp, a sum, a division, a product; together the square of one unit (measured .97)."""
+    """Inside the fused gate: the vectorised exponential e, a sum and a division; the error of e counts as its share in 1 + e."""
+    (x,) = inputs
     made = noise.PREDICT["SILU"](at, inputs)
-    more = np.maximum(np.square(U * made.plain) - 2 * MEAN_ROUNDING * np.square(made.plain), 0.0)
+    e = np.exp(-np.maximum(x.value, -80.0))
+    more = (EXP - noise.EXP) * np.square(made.plain * e / (1.0 + e))
     return dataclasses.replace(made, sigma2=made.sigma2 + more, variance=made.variance + more)
 
 
@@ -314,6 +331,7 @@ PREDICT: Mapping[str, Callable[[Setting, Sequence[Operand]], Prediction]] = {
     "MATMUL": _matmul,
     "ROPE": _rope,
     "SCORES": _scores,
+    "SOFTMAX": _softmax,
     "SILU": _silu,
 }
 """Operation to its recipe: those of ``judge.noise`` where ggml has no rounding of its own."""

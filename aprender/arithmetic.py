@@ -158,7 +158,12 @@ class Profile:
             The data are not of that form.
         """
         if self.ggml is not None and data is not None:
-            said = {name: bool(data[name]) for name in ("fma", "half_away") if name in data}
+            said: dict[str, bool] = {}
+            for name in (field.name for field in dataclasses.fields(Ggml) if field.name in data):
+                value = data[name]
+                if not isinstance(value, bool):
+                    raise ArgumentError(f"what a CPU variant of ggml does: {name} is {value!r}, true or false is needed", code="ARGUMENT")
+                said[name] = value
             return dataclasses.replace(self, ggml=dataclasses.replace(self.ggml, **said))
         found = None if data is None else data.get("matmul", "envelope")
         if found is None or found == "envelope" or self.order.lanes:
@@ -170,6 +175,23 @@ class Profile:
         if any(k < 1 or v < 1 for k, v in blocks.items()):
             raise ArgumentError(f"an accumulation order needs positive lengths, not {blocks}", code="ARGUMENT", field="matmul")
         return dataclasses.replace(self, order=Order(blocks=blocks, rows=int(found.get("rows", 1))))
+
+
+def _ggml(name: str, text: str, cache: Format) -> Profile:
+    """A row of llama.cpp on a CPU without flash attention: one number format for keys and values."""
+    return Profile(
+        name=name,
+        text=f"llama.cpp on a CPU: activations rounded as the weight's format wants, {text}, no flash attention",
+        activations=F32,
+        cache=cache,
+        order=Order(),
+        fused_bias=False,
+        table_ulps=0,
+        wide=False,
+        band=1.5,
+        validated=True,
+        ggml=Ggml(),
+    )
 
 
 def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
@@ -206,19 +228,8 @@ PROFILES: Mapping[str, Profile] = {
             band=1.5,
             validated=True,
         ),
-        Profile(
-            name="ggml-cpu",
-            text="llama.cpp on a CPU: activations rounded as the weight's format wants, float32 cache, no flash attention",
-            activations=F32,
-            cache=F32,
-            order=Order(),
-            fused_bias=False,
-            table_ulps=0,
-            wide=False,
-            band=1.5,
-            validated=True,
-            ggml=Ggml(),
-        ),
+        _ggml("ggml-cpu", "float32 cache", F32),
+        _ggml("ggml-cpu-f16", "float16 cache", F16),
     )
 }
 """Every declared arithmetic, by name."""

@@ -1,8 +1,8 @@
 """llama.cpp as a side: what it captures, that a correct run is judged clean in every format, and that a fault in its file is named.
 
 The engine is the real one.  A fault is planted in the GGUF that it runs, while the judge holds the right file: to the judge that is an
-engine whose loader or kernel got something wrong.  Figures (largest clean rms z, |z| and |I| of each stage; what a fault leaves) are printed
-with ``pytest -rP``.
+engine whose loader or kernel got something wrong.  Figures (largest clean rms z, |z| and |I| of each stage; what a fault leaves) are
+printed with ``pytest -rP``.
 """
 
 from __future__ import annotations
@@ -538,7 +538,8 @@ def test_bisect_against_hugging_face(save: Callable[..., Path], tmp_path: Path, 
     assert bisect.main(words) == 0
     said = json.loads(capsys.readouterr().out)
     last = said["stages"][-1]
-    assert (last["stage"], last["quantization"]) == ("lm_head", 0.0)
+    assert last["stage"] == "lm_head"
+    assert last["quantization"] < 1e-12  # the same weights; eps is a float32 in one file and a decimal in the other
     assert last["rel_l2"] < 1e-5
 
 

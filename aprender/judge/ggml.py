@@ -233,7 +233,23 @@ def _rows(made: Rounded, x: Operand, w: NDArray[np.float32], fmt: str, raw: Byte
 
 def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Dot products of q and k, rounded, times 1 / sqrt(h) with both steps in float32."""
-    return noise.scores(at, inputs, float(np.float32(1) / np.sqrt(np.float32(at.hparams["head"]))))
+    q, k = inputs
+    return noise.scores(at, [_beside_cache(at, q), k], float(np.float32(1) / np.sqrt(np.float32(at.hparams["head"]))))
+
+
+def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
+    """Probabilities times values."""
+    p, v = inputs
+    return noise.PREDICT["MIX"](at, [_beside_cache(at, p), v])
+
+
+def _beside_cache(at: Setting, x: Operand) -> Operand:
+    """What is multiplied with the cache is rounded to the cache's format, as activations are to that of weights."""
+    if at.profile.cache == F32:
+        return x
+    if x.variance is None:
+        return Operand(to_format(x.value, at.profile.cache))
+    return Operand(*settle(x.value, x.variance, at.profile.cache))
 
 
 # ---- the norm --------------------------------------------------------------------------------------------------------------------------
@@ -331,6 +347,7 @@ PREDICT: Mapping[str, Callable[[Setting, Sequence[Operand]], Prediction]] = {
     "MATMUL": _matmul,
     "ROPE": _rope,
     "SCORES": _scores,
+    "MIX": _mix,
     "SOFTMAX": _softmax,
     "SILU": _silu,
 }

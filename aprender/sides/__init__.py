@@ -55,9 +55,15 @@ def _saved(rest: str, spelling: str) -> Side:
 
 
 def _llamacpp(rest: str, spelling: str) -> Side:
-    from aprender.sides.llamacpp import LlamaCppSide
+    from aprender.sides.llamacpp import PROFILES, LlamaCppSide
 
-    return LlamaCppSide(rest, spelling=spelling)
+    name, at, cache = rest.rpartition("@")
+    if not at or "/" in cache:  # an @ in a folder's name
+        name, cache = rest, next(iter(PROFILES))
+    if cache not in PROFILES:
+        text = f"'{spelling}': keys and values cannot be kept in '{cache}', one of {', '.join(PROFILES)} is needed"
+        raise UnknownName(text, code="LOOKUP", field="cache")
+    return LlamaCppSide(name, cache=cache, spelling=spelling)
 
 
 PREFIXES: Mapping[str, Callable[[str, str], Side]] = {
@@ -73,7 +79,7 @@ def open_side(spelling: str | os.PathLike[str]) -> Side:
     ----------
     spelling : str or Path
         ``model.gguf`` or ``folder/`` (our engine), ``cpu:`` or ``cuda:`` before it, ``hf:NAME_OR_FOLDER[@float32|@float16|@bfloat16]``,
-        ``llama.cpp:model.gguf``, ``saved:folder``.
+        ``llama.cpp:model.gguf[@f32|@f16]``, ``saved:folder``.
 
     Returns
     -------

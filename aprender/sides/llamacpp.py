@@ -40,6 +40,9 @@ PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
 
 BINARIES = Path("node_modules/@node-llama-cpp/linux-x64/bins/linux-x64")
 
+PROFILES: Mapping[str, str] = {"f32": "ggml-cpu", "f16": "ggml-cpu-f16"}
+"""What keys and values are kept in to the row of :mod:`aprender.arithmetic`; float16 is llama.cpp's own default."""
+
 CHUNK = 512
 """Tokens that are computed at once: llama.cpp's own default."""
 
@@ -76,12 +79,14 @@ def find_libraries() -> Path:
 
 
 class LlamaCppSide:
-    """A GGUF run by llama.cpp on the CPU: flash attention off, keys and values kept in float32.
+    """A GGUF run by llama.cpp on the CPU, flash attention off.
 
     Parameters
     ----------
     path : str or Path
         GGUF file of an architecture that the stage table describes.
+    cache : str
+        What keys and values are kept in: ``f32`` or ``f16``.
     threads : int, optional
         All cores if not given.
     chunk : int
@@ -103,6 +108,7 @@ class LlamaCppSide:
         self,
         path: str | os.PathLike[str],
         *,
+        cache: str = "f32",
         threads: int | None = None,
         chunk: int = CHUNK,
         cpu: str | None = None,
@@ -113,12 +119,11 @@ class LlamaCppSide:
         self.path = Path(path)
         self.spelling = spelling or f"{ENGINE}:{path}"
         self.folder = find_libraries()
-        self.profile = arithmetic.profile("ggml-cpu")
+        self.profile = arithmetic.profile(PROFILES[cache])
         self.source = OwnSide(path, spelling=self.spelling)
         if self.source.file.container != CONTAINER:
             raise ConfigError(f"{path}: llama.cpp reads GGUF, this is {self.source.file.container}", code="UNSUPPORTED", path=str(path))
-        self._options: dict[str, Any] = {"threads": threads or len(os.sched_getaffinity(0)), "chunk": chunk, "cpu": cpu}
-        self._options |= {"cache": self.profile.cache.name}
+        self._options: dict[str, Any] = {"threads": threads or len(os.sched_getaffinity(0)), "chunk": chunk, "cpu": cpu, "cache": cache}
 
     @property
     def digest(self) -> str:

@@ -73,8 +73,11 @@ CONTEXT: Mapping[str, tuple[str, int, int]] = {
     "type_v": ("i", 108, 1),
 }  # fmt: skip
 
-CACHE_TYPES: Mapping[str, tuple[int, type[np.generic]]] = {"f32": (0, np.float32), "f16": (1, np.float16)}
-"""As the profile calls it: ggml's number of what keys and values can be kept in here, and NumPy's type."""
+TYPES: Mapping[int, str] = {0: "float32", 1: "float16"}
+"""ggml's number of what a node can hold here, and NumPy's name."""
+
+CACHE_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1}
+"""What keys and values can be kept in here, and ggml's number."""
 
 
 class Batch(ctypes.Structure):
@@ -198,13 +201,15 @@ class Library:
                 found = f"{name} reads {params.get(kind, offset)}, {default} is its default"
                 raise CannotRun(f"llama.cpp {self.version} in {where}: {found}", code="BAD_VERSION", path=str(where), field=name)
 
-    def read(self, tensor: Tensor, pointer: int, dtype: type[np.generic]) -> Array:
+    def read(self, tensor: Tensor, pointer: int) -> Array:
         """A copy of a tensor as float32, axes slowest first: [ne3, ne2, ne1, ne0]; views with any strides."""
+        if tensor.type not in TYPES:
+            raise ConfigError(f"{tensor.name.decode()} has type {tensor.type}, float32 or float16 is needed", code="TYPE")
         count = self.ggml_nbytes(pointer)
         raw = np.empty(count, np.uint8)
         self.ggml_backend_tensor_get(pointer, raw.ctypes.data, 0, count)
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-        view: NDArray[Any] = np.ndarray(shape, dtype, buffer=raw.data, strides=strides)
+        view: NDArray[Any] = np.ndarray(shape, TYPES[tensor.type], buffer=raw.data, strides=strides)
         return view.astype(np.float32)
 
 
@@ -295,13 +300,15 @@ class Recorder:
     ----------
     values : dict of Key to list of arrays
         One array per piece of the prompt, in the shape of the stage.
+    nodes : dict of Key to (str, str)
+        Name of the node (of several parts the last), and its type.
     """
 
-    def __init__(self, library: Library, wanted: Iterable[Key], model: _core.Model, cache: type[np.generic]) -> None:
-        self.library, self.hparams, self.cache = library, model.hparams, cache
+    def __init__(self, library: Library, wanted: Iterable[Key], model: _core.Model) -> None:
+        self.library, self.hparams = library, model.hparams
         self.sites = Sites.of(wanted, model.flags)
         self.values: dict[Key, list[Array]] = {}
-        self.names: dict[Key, str] = {}
+        self.nodes: dict[Key, tuple[str, str]] = {}
         self.problem: Exception | None = None
         self.tokens = self.keys = 0
         self._parts: dict[Key, dict[int, Array]] = {}
@@ -348,8 +355,8 @@ class Recorder:
     def _take(self, site: Site, tensor: Tensor, pointer: int) -> None:
         """Copy a node out and bring it to the shape of its stage; parts side by side."""
         row = stages.by_name[site.key[0]]
-        value = self._shaped(row, self.library.read(tensor, pointer, self.cache if tensor.type == 1 else np.float32))
-        self.names[site.key] = tensor.name.decode()
+        value = self._shaped(row, self.library.read(tensor, pointer))
+        self.nodes[site.key] = tensor.name.decode(), TYPES[tensor.type]
         if row.op == SCORES:
             self._raw_scores[tensor.name.decode()] = site.key, value
             return
@@ -409,7 +416,7 @@ class Engine:
     def context(self, tokens: int, batch: int, recorder: Recorder | None = None) -> int:
         """A context for so many tokens, at most ``batch`` at a time: flash attention off, every logit wanted."""
         params = self.library.llama_context_default_params()
-        kind = CACHE_TYPES[self.cache][0]
+        kind = CACHE_TYPES[self.cache]
         values = {
             "n_ctx": max(tokens, 32), "n_batch": batch, "n_ubatch": batch, "n_outputs_max": batch, "n_outputs_max_per_seq": batch,
             "n_threads": self.threads, "n_threads_batch": self.threads, "flash_attn_type": 0, "type_k": kind, "type_v": kind,
@@ -475,7 +482,7 @@ def capture(request: Mapping[str, Any], library: Library, tell: Any) -> None:
     wanted = [(stage, layer) for stage, layer in request["keys"]]
     ids, chunk, cache = request["ids"], request["chunk"], request["cache"]
     engine = Engine(library, request["model"], request["threads"], cache)
-    recorder = Recorder(library, wanted, model, CACHE_TYPES[cache][1])
+    recorder = Recorder(library, wanted, model)
     traced = engine.forward(ids, chunk, recorder, lambda share: tell(0.6 * share))
     plain = engine.forward(ids, chunk, None, lambda share: tell(0.6 + 0.4 * share))
     missing = [key for key in wanted if key not in recorder.values and stages.by_name[key[0]].node]
@@ -484,7 +491,10 @@ def capture(request: Mapping[str, Any], library: Library, tell: Any) -> None:
         text = f"llama.cpp's graph has no node '{stages.by_name[missing[0][0]].node}' for {stages.spell(missing[0])}{more}"
         raise ConfigError(text, code="MISSING", stage=missing[0][0], layer=missing[0][1])
     arrays = {key: joined(parts, stages.by_name[key[0]], len(ids)) for key, parts in recorder.values.items()}
-    notes = {key: TensorNote.of(array, site=recorder.names[key], lanes=lanes(key[0], model)) for key, array in arrays.items()}
+    notes = {}
+    for key, array in arrays.items():
+        node, dtype = recorder.nodes[key]
+        notes[key] = TensorNote.of(array, dtype, site=node, lanes=lanes(key[0], model))
     made = Manifest(
         side=request["spelling"],
         tokens=tuple(ids),

@@ -22,9 +22,9 @@ import pytest
 import tiny
 from conftest import CANARY, PROMPT
 
-from aprender import bisect, run, trace
+from aprender import arithmetic, bisect, run, trace
 from aprender.captures import Captures, aligned, open_captures
-from aprender.errors import ArgumentError, CannotRun, ConfigError
+from aprender.errors import ArgumentError, CannotRun, ConfigError, UnknownName
 from aprender.judge import ggml, metrics, verdict
 from aprender.judge.verdict import StageResult
 from aprender.judge.witness import ModelData
@@ -340,6 +340,33 @@ def test_the_canary_is_clean(peer: llamacpp.Peer) -> None:
 
 
 @foreign
+def test_far_positions(save: Callable[..., Path]) -> None:
+    """600 tokens in llama.cpp's own pieces of 512: the angle is iterated, and its error grows with the position."""
+    ids, worst = [int(i) for i in np.random.default_rng(2).integers(0, 112, 600)], Worst()
+    results = judged(LlamaCppSide(save(SHAPES[2], "Q8_0")), ids)
+    assert not wrong(results), [(r.key, r.reason) for r in results if r.state == "wrong"]
+    worst.add(results)
+    worst.say("600 tokens")
+
+
+@foreign
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_clean_with_a_cache_of_halves(shape: tiny.Shape, save: Callable[..., Path]) -> None:
+    """llama.cpp's own default: keys and values are rounded, and so is what is multiplied with them."""
+    side, worst = LlamaCppSide(save(shape, "Q8_0"), cache="f16"), Worst()
+    for length in (1, 5, 24):
+        captures, model = side.capture(IDS[:length]), ModelData(**side.model_data())
+        results = verdict.local(captures, model, side.profile)
+        assert not wrong(results), [(r.key, r.reason) for r in results if r.state == "wrong"]
+        worst.add(results)
+    assert captures.manifest.tensors["v_cache", 0].dtype == "float16"
+    assert all(r.state == "exact" for r in results if r.stage in EXACT)
+    worst.say(f"{shape}, float16 cache")
+    as_if = verdict.local(captures, model, arithmetic.profile("ggml-cpu"))
+    assert {stage for stage, _ in wrong(as_if)} == {"k_cache", "v_cache", "attn_scores", "attention"}
+
+
+@foreign
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K"])
 def test_the_rule_is_needed(kind: str, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged as if activations stayed float32, every product is wrong and nothing else: the rules are what makes it clean."""
@@ -525,8 +552,9 @@ def test_bisect(capsys: pytest.CaptureFixture[str], peer: llamacpp.Peer) -> None
     said = json.loads(capsys.readouterr().out)
     assert (said["verdict"], said["subject"]["profile"], said["reference"]["profile"]) == ("agree", "ggml-cpu", "hf-f16")
     assert {row["stage"] for row in said["unmeasured"]} == {"rope_table", "ffn_silu"}
-    assert bisect.main([name, "--against", str(CANARY / "canary.gguf"), "-q"]) == 0
-    assert "75 judged stages" in capsys.readouterr().out
+    for subject in (name, f"{name}@f16"):
+        assert bisect.main([subject, "--against", str(CANARY / "canary.gguf"), "-q"]) == 0
+        assert "all 75 judged stages" in capsys.readouterr().out
 
 
 @foreign
@@ -563,3 +591,5 @@ def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert VARIABLE in capsys.readouterr().err
     with pytest.raises(CannotRun, match="names nothing"):
         open_side("llama.cpp:")
+    with pytest.raises(UnknownName, match="cannot be kept in 'q8_0', one of f32, f16"):
+        open_side("llama.cpp:model.gguf@q8_0")

@@ -164,22 +164,19 @@ class Library:
                 raise CannotRun(f"llama.cpp in {where} has no function {name}", code="LIBRARY", path=str(where), field=name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
-        self.version: str = self._call("llama_version").decode()
+        self.version: str = self.llama_version().decode()
         self._check(where)
         self.said: deque[str] = deque(maxlen=3)  # errors that it logged
         self._log = LOG(self._logged)  # kept: C holds no reference
-        self._call("llama_log_set", self._log, None)
+        self.llama_log_set(self._log, None)
         if cpu is None:
-            self._call("ggml_backend_load_all_from_path", str(where).encode())
-        elif not self._call("ggml_backend_load", str(where / f"{CPU}{cpu}.so").encode()):
+            self.ggml_backend_load_all_from_path(str(where).encode())
+        elif not self.ggml_backend_load(str(where / f"{CPU}{cpu}.so").encode()):
             raise CannotRun(f"llama.cpp in {where} has no CPU variant '{cpu}' that runs here", code="DEVICE", field=cpu)
-        self._call("llama_backend_init")
+        self.llama_backend_init()
         self.cpu = _loaded_cpu()
 
-    def _call(self, name: str, *arguments: object) -> Any:
-        return getattr(self, name)(*arguments)
-
-    def __getattr__(self, name: str) -> Any:  # what setattr put there; for the type checker
+    def __getattr__(self, name: str) -> Any:  # functions are put there by setattr, which the type checker does not see
         raise AttributeError(name)
 
     def _logged(self, level: int, text: bytes, _: object) -> None:
@@ -321,7 +318,7 @@ class Recorder:
         self.tokens, self.keys = tokens, keys
 
     def _called(self, pointer: int, ask: bool, _: object) -> bool:
-        """Called by the library twice per node; an exception must not cross it, so it is kept and the computation goes on or stops."""
+        """Called by the library twice per node; an exception must not cross it, so it is kept, and the run's caller raises it."""
         try:
             tensor = Tensor.from_address(pointer)
             if not self._checked:
@@ -387,7 +384,10 @@ class Recorder:
         return value.reshape(self.tokens, -1)
 
     def _scale(self, softmax: Tensor) -> None:
-        """Scores as the softmax forms them: the product times the scale that this node was given, rounded; 0 where the mask forbids."""
+        """Scores as the softmax forms them: the product times the scale that this node was given, rounded; 0 for later keys.
+
+        The engine's own mask shows in the probabilities, where the judge demands 0 for a key that may not be seen.
+        """
         source = Tensor.from_address(softmax.src[0]).name.decode()
         if source not in self._raw_scores:
             return

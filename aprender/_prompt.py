@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CANARY = "\"$(python -c 'import aprender; print(aprender.canary())')\""
 """The embedded model, for examples that work as they stand."""
 
-SIDE_HELP = "GGUF file, or folder with model.safetensors and config.json; cpu: or cuda: before it; or hf:NAME[@dtype]"
+SIDE_HELP = "GGUF file, or folder with model.safetensors and config.json; cpu: or cuda: before it; hf:NAME[@dtype]; llama.cpp:model.gguf"
 
 
 def parse_ids(text: str) -> tuple[int, ...]:

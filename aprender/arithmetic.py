@@ -80,6 +80,22 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Ggml:
+    """What differs between ggml's CPU variants; that a profile has one at all means the recipes of ``judge.ggml``.
+
+    Attributes
+    ----------
+    fma : bool
+        RoPE is contracted to fused multiply-adds.
+    half_away : bool
+        Activations of 8 bits are rounded by the reference rule (halves away from zero), not by the vectorised one.
+    """
+
+    fma: bool = True
+    half_away: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """One arithmetic.
 
@@ -105,6 +121,8 @@ class Profile:
         Largest rms z of a clean stage with this row, the order unknown (measured; ``judge.rule`` applies it).
     validated : bool
         Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated".
+    ggml : Ggml or None
+        Activations are rounded as the format of each weight wants, and the recipes are those of ``judge.ggml``.
     """
 
     name: str
@@ -117,6 +135,7 @@ class Profile:
     wide: bool
     band: float
     validated: bool
+    ggml: Ggml | None = None
 
     def with_order(self, data: Mapping[str, object] | None) -> Profile:
         """The row with the accumulation order that a side identified on its machine.
@@ -125,7 +144,8 @@ class Profile:
         ----------
         data : mapping or None
             What the side's probe found, as plain data (it travels in the manifest): ``{"matmul": "envelope"}``, or ``{"matmul": {"Kc":
-            {K: block, ...}, "rows": fewest tokens}}``; keys may be strings, as JSON makes them.  None: nothing is known.
+            {K: block, ...}, "rows": fewest tokens}}``; keys may be strings, as JSON makes them.  Of ggml ``{"fma": ..., "half_away":
+            ...}``, as its CPU variant does.  None: nothing is known.
 
         Returns
         -------
@@ -137,6 +157,14 @@ class Profile:
         ArgumentError
             The data are not of that form.
         """
+        if self.ggml is not None and data is not None:
+            said: dict[str, bool] = {}
+            for name in (field.name for field in dataclasses.fields(Ggml) if field.name in data):
+                value = data[name]
+                if not isinstance(value, bool):
+                    raise ArgumentError(f"what a CPU variant of ggml does: {name} is {value!r}, true or false is needed", code="ARGUMENT")
+                said[name] = value
+            return dataclasses.replace(self, ggml=dataclasses.replace(self.ggml, **said))
         found = None if data is None else data.get("matmul", "envelope")
         if found is None or found == "envelope" or self.order.lanes:
             return self
@@ -147,6 +175,23 @@ class Profile:
         if any(k < 1 or v < 1 for k, v in blocks.items()):
             raise ArgumentError(f"an accumulation order needs positive lengths, not {blocks}", code="ARGUMENT", field="matmul")
         return dataclasses.replace(self, order=Order(blocks=blocks, rows=int(found.get("rows", 1))))
+
+
+def _ggml(name: str, text: str, cache: Format) -> Profile:
+    """A row of llama.cpp on a CPU without flash attention: one number format for keys and values."""
+    return Profile(
+        name=name,
+        text=f"llama.cpp on a CPU: activations rounded as the weight's format wants, {text}, no flash attention",
+        activations=F32,
+        cache=cache,
+        order=Order(),
+        fused_bias=False,
+        table_ulps=0,
+        wide=False,
+        band=1.5,
+        validated=True,
+        ggml=Ggml(),
+    )
 
 
 def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
@@ -183,6 +228,8 @@ PROFILES: Mapping[str, Profile] = {
             band=1.5,
             validated=True,
         ),
+        _ggml("ggml-cpu", "float32 cache", F32),
+        _ggml("ggml-cpu-f16", "float16 cache", F16),
     )
 }
 """Every declared arithmetic, by name."""

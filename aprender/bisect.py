@@ -41,7 +41,7 @@ def _parser() -> Parser:
         "subject",
         nargs="?",
         metavar="SIDE",
-        help="side to judge: model.gguf, folder/, hf:NAME[@dtype], saved:folder (default: the embedded model)",
+        help="side to judge: model.gguf, folder/, hf:NAME[@dtype], llama.cpp:model.gguf[@f16], saved:folder (default: the embedded model)",
     )
     add(
         "--against",

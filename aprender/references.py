@@ -136,7 +136,8 @@ def weights_of(side: Any, manifest: Manifest, near: Sequence[Path]) -> witness.M
     for path in near:
         if manifest.model_digest is not None and _digest_of(path) == manifest.model_digest:
             held = OwnSide(path.parent if path.name == "model.safetensors" else path).model_data()
-            return witness.ModelData(held["arch"], held["flags"], held["hparams"], _Cast(held["weights"], side.profile))
+            weights = _Cast(held["weights"], side.profile)
+            return witness.ModelData(held["arch"], held["flags"], held["hparams"], weights, held["stored"])
     return None
 
 

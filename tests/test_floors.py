@@ -350,7 +350,8 @@ NAMES = STAGES | OPS | FORMATS | ARCHS
 #: Files that may spell names, and which.  In sides/ it is the name maps: constants of the module, in capitals.
 #: text/words.py knows pre-tokenizers by name, and kinds of vocabulary; two of them are called what an architecture is called.
 ALLOWED = {
-    "mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "text/words.py": {"qwen2", "llama"},
+    "mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "judge/ggml.py": OPS | FORMATS,
+    "text/words.py": {"qwen2", "llama"},
 }  # fmt: skip
 
 

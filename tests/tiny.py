@@ -215,11 +215,12 @@ def save_gguf(
     *,
     made: Mapping[str, Array] | None = None,
     metadata: Callable[[gguf.GGUFWriter], None] | None = None,
+    encode: Callable[[str, Array], bytes] | None = None,
 ) -> Path:
     """Write a GGUF without tokenizer.
 
     `formats` is one name for all matrices or a function of the GGUF name; norms and biases are F32.  `metadata` writes the tokenizer's keys
-    and any others.
+    and any others; `encode` makes the bytes of matrices (of K-quants, which ``gguf`` cannot write).
     """
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_block_count(shape.layers)
@@ -241,7 +242,11 @@ def save_gguf(
     for name, array in gguf_tensors(shape, seed, made).items():
         wanted = formats if isinstance(formats, str) else formats(name)
         kind = gguf.GGMLQuantizationType[wanted if array.ndim == 2 else "F32"]
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        if encode and array.ndim == 2:
+            data = np.frombuffer(encode(wanted, array), np.uint8).reshape(len(array), -1)
+        else:
+            data = gguf.quants.quantize(array, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,19 +2,23 @@
 
 Owns what a comparison without a judge may say of two arrays.  Nothing hides: a NaN or an infinity that the other side does not have is
 counted, is larger than any gap of numbers, and stands first in every list; figures that only numbers have are those of the pairs in which
-both are finite.  A figure that does not exist is None, with the reason.  Sums are NumPy's own, in float64, in a fixed order and without
-BLAS: they do not depend on the number of threads.  Called by ``aprender.diff``.
+both are finite.  A figure that does not exist is None, with the reason.  The one pass over the data is the core's (``csrc/measure``):
+sums in float64, in a fixed order, whatever the number of threads.  Called by ``aprender.diff`` and ``judge.metrics``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aprender import _core
+
 Floats = NDArray[np.float32]
-Wide = NDArray[np.float64]
 
 INFINITE, NOT_A_NUMBER = 1e300, 2e300
 """What stands for the gap of such a pair when elements are ordered: above all gaps of numbers, which end at 6.9e38."""
@@ -89,20 +93,6 @@ class Elements:
         return self.nan_a_only + self.nan_b_only + self.inf_mismatch
 
 
-def _classes(a: Floats, b: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks: both finite, exactly one NaN, an infinity that meets another value."""
-    finite = np.isfinite(a) & np.isfinite(b)
-    nan_a, nan_b = np.isnan(a), np.isnan(b)
-    return finite, nan_a != nan_b, ~finite & ~(nan_a | nan_b) & (a != b)
-
-
-def _ordered(array: Floats) -> NDArray[np.int64]:
-    """Whole numbers in the order of the values, neighbours 1 apart; both zeros are 0."""
-    bits = array.view(np.int32)
-    sign = bits >> 31  # 0 or -1: x ^ -1 - -1 is -x
-    return (((bits & 0x7FFFFFFF) ^ sign) - sign).astype(np.int64)
-
-
 def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
     """Everything about two arrays.
 
@@ -114,50 +104,40 @@ def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
         How many elements to name.
     """
     a, b = np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1)
-    differ = a.view(np.uint32) != b.view(np.uint32)
-    finite, nan_one, inf_one = _classes(a, b)
-    x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
-    gap = np.abs(x - y)
-    rel, cos, std, why = _relative(x, y, gap)
-    moved = finite & differ
-    steps = np.abs(_ordered(a[moved]) - _ordered(b[moved]))
-    score = np.zeros(a.size)
-    score[finite], score[inf_one], score[nan_one] = gap, INFINITE, NOT_A_NUMBER
-    nan_both = int(np.count_nonzero(np.isnan(a) & np.isnan(b)))
-    first = int(differ.argmax()) if differ.any() else None
+    said = _core.compare(a, b, limit=max(limit, 0))
+    rel, cos, std, why = relative(said)
+    pairs = said["finite"]
     return Elements(
-        n=a.size, n_bits_equal=int(a.size - np.count_nonzero(differ)), n_value_equal=int(np.count_nonzero(a == b)) + nan_both,
-        nan_a_only=int(np.count_nonzero(nan_one & np.isnan(a))), nan_b_only=int(np.count_nonzero(nan_one & np.isnan(b))),
-        nan_both=nan_both, inf_mismatch=int(np.count_nonzero(inf_one)),
-        max_abs=float(gap.max()) if gap.size else None, max_ulp=int(steps.max()) if steps.size else 0,
-        rms=float(np.sqrt(np.mean(gap * gap))) if gap.size else None,
-        rel_l2=rel, cos_distance=cos, std_ratio=std, undefined=why, first=first, top=_top(a, b, np.flatnonzero(differ), score, limit),
+        n=a.size, n_bits_equal=said["bits_equal"], n_value_equal=said["value_equal"], nan_a_only=said["nan_a"], nan_b_only=said["nan_b"],
+        nan_both=said["nan_both"], inf_mismatch=said["inf_unlike"], max_abs=said["max_abs"] if pairs else None, max_ulp=said["max_ulp"],
+        rms=math.sqrt(said["dd"] / pairs) if pairs else None, rel_l2=rel, cos_distance=cos, std_ratio=std, undefined=why,
+        first=None if said["first"] < 0 else said["first"], top=tuple(_element(a, b, at, gap) for at, gap in said["top"]),
     )  # fmt: skip
 
 
-def _relative(x: Wide, y: Wide, gap: Wide) -> tuple[float | None, float | None, float | None, str | None]:
-    """Relative L2, 1 - cosine, ratio of standard deviations of finite numbers, and why one of them does not exist."""
-    if not x.size:
+def relative(said: Mapping[str, Any]) -> tuple[float | None, float | None, float | None, str | None]:
+    """Relative L2, 1 - cosine, ratio of standard deviations of the finite pairs, and why one of them does not exist.
+
+    With d the norm of the difference and na, nb the norms, ``2 (1 - cos) na nb = d^2 - (na - nb)^2``; na - nb comes from the sum of
+    (a - b)(a + b), which is na^2 - nb^2 without its cancellation.
+    """
+    pairs = said["finite"]
+    if not pairs:
         return None, None, None, "there is no pair of finite values"
-    nx, ny, nd = (float(np.sqrt(np.sum(v * v))) for v in (x, y, gap))
-    rel = nd / ny if ny else None if nd else 0.0
-    cos = float(np.sum(np.square(x / nx - y / ny)) / 2) if nx and ny else None
-    sy = float(np.std(y))
-    std = float(np.std(x)) / sy if sy else None
-    zero = " and ".join(name for name, norm in (("A", nx), ("B", ny)) if not norm)
+    na, nb, nd = (math.sqrt(said[name]) for name in ("aa", "bb", "dd"))
+    rel = nd / nb if nb else None if nd else 0.0
+    cos = max(said["dd"] - (said["ab"] / (na + nb)) ** 2, 0.0) / (2 * na * nb) if na and nb else None
+    sa, sb = (_deviation(said[one] / pairs, said[square] / pairs) for one, square in (("a", "aa"), ("b", "bb")))
+    std = sa / sb if sb else None
+    zero = " and ".join(name for name, norm in (("A", na), ("B", nb)) if not norm)
     constant = "the values of B are all the same: they have no deviation" if std is None else None
     return rel, cos, std, f"all finite values of {zero} are 0: they have no direction" if zero else constant
 
 
-def _top(a: Floats, b: Floats, where: NDArray[np.int64], score: Wide, limit: int) -> tuple[Element, ...]:
-    """Of the elements ``where`` those of the largest score, in a total order: score, then index."""
-    if where.size > limit > 0:
-        found = score[where]
-        least = np.partition(found, where.size - limit)[where.size - limit]
-        above = np.flatnonzero(found > least)
-        where = where[np.concatenate([above, np.flatnonzero(found == least)[: limit - above.size]])]
-    order = np.lexsort((where, -score[where]))[: max(limit, 0)]
-    return tuple(_element(a, b, int(at), float(score[at])) for at in where[order])
+def _deviation(mean: float, square: float) -> float:
+    """Standard deviation from the mean and the mean square; 0 where only the rounding of the two is left."""
+    variance = square - mean * mean
+    return math.sqrt(variance) if variance > 8e-16 * square else 0.0
 
 
 def _element(a: Floats, b: Floats, at: int, score: float) -> Element:
@@ -192,29 +172,14 @@ def by_token(a: Floats, b: Floats, axis: int) -> list[Token]:
     axis : int
         That of the tokens.
     """
-    x, y = (np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) for array in (a, b))
-    finite, nan_one, inf_one = _classes(x, y)
-    pairs = finite.sum(axis=1)
-    wide_x, wide_y = (np.where(finite, v, 0).astype(np.float64) for v in (x, y))
-    gap = np.abs(wide_x - wide_y)
-    differing = np.count_nonzero(np.ascontiguousarray(x).view(np.uint32) != np.ascontiguousarray(y).view(np.uint32), axis=1)
-    unlike = np.count_nonzero(nan_one | inf_one, axis=1)
-    far, norm = np.sqrt(np.sum(gap * gap, axis=1)), np.sqrt(np.sum(wide_y * wide_y, axis=1))
-    std_x, std_y = (_deviations(v, finite, pairs) for v in (wide_x, wide_y))
-    return [
-        Token(
-            differing=int(differing[t]), unlike=int(unlike[t]),
-            rel_l2=float(far[t] / norm[t]) if norm[t] else None if far[t] or not pairs[t] else 0.0,
-            std_ratio=float(std_x[t] / std_y[t]) if std_y[t] else None,
-            max_abs=float(gap[t].max()) if pairs[t] else None,
-        )
-        for t in range(x.shape[0])
-    ]  # fmt: skip
+    rows = (np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) for array in (a, b))
+    return [_token(x, y) for x, y in zip(*rows, strict=True)]
 
 
-def _deviations(values: Wide, finite: NDArray[np.bool_], pairs: NDArray[np.int64]) -> Wide:
-    """Standard deviation of each row's finite values; the others are 0 in it."""
-    count = np.maximum(pairs, 1)
-    middle = (np.sum(values, axis=1) / count)[:, None]
-    away: Wide = np.where(finite, values - middle, 0.0)
-    return np.asarray(np.sqrt(np.sum(away * away, axis=1) / count), np.float64)
+def _token(a: Floats, b: Floats) -> Token:
+    said = _core.compare(np.ascontiguousarray(a), np.ascontiguousarray(b))
+    rel, _, std, _ = relative(said)
+    return Token(
+        differing=a.size - said["bits_equal"], unlike=said["nan_a"] + said["nan_b"] + said["inf_unlike"], rel_l2=rel, std_ratio=std,
+        max_abs=said["max_abs"] if said["finite"] else None,
+    )  # fmt: skip

@@ -240,11 +240,16 @@ def _replayed(dot: Dot, *operands: Operand) -> bool:
 
 
 def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Dot products of q and k, rounded; times the float32 scale, rounded.  A scale that is a power of two rounds nothing."""
+    """Dot products of q and k; the scale is 1 / sqrt(h), rounded once to float32 (``wide``: not at all)."""
+    scale = 1.0 / np.sqrt(int(at.hparams["head"]))
+    return scores(at, inputs, float(scale) if at.profile.wide else float(np.float32(scale)))
+
+
+def scores(at: Setting, inputs: Sequence[Operand], scale: float) -> Prediction:
+    """Dot products of q and k, rounded; times the scale, rounded.  A scale that is a power of two rounds nothing."""
     q, k = inputs
     fmt, head = at.profile.activations, int(at.hparams["head"])
     share = int(at.hparams["heads"]) // int(at.hparams["kv_heads"])
-    scale = float(1.0 / np.sqrt(head)) if at.profile.wide else float(np.float32(1.0 / np.sqrt(head)))
     dot = Dot(witness.heads_first(q.value, head), witness.heads_first(k.value, head, share), at.profile.order)
     qk, added = dot.value(), sums.estimate(dot)
     left = added.copy()
@@ -310,20 +315,29 @@ def _single_grid(p: Float, values: Float) -> Float:
 
 
 def _softmax(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Softmax in float32 over the allowed keys, one rounding.
-
-    The exponent s - max is rounded once and exp is good to 1 ulp: a relative error of variance d_j per key, which reaches p_i through the
-    sum as p_i^2 [d_i (1 - 2 p_i) + sum_j p_j^2 d_j]; three more roundings for the sum, its reciprocal and the product.
-    """
+    """The exponent s - max is rounded once and exp is good to 1 ulp (``wide``: both in float64)."""
     (s,) = inputs
+    return softmax(at, s, np.full_like(s.value, WIDE**2) if at.profile.wide else variance(exponents(at, s), F32) + EXP)
+
+
+def exponents(at: Setting, s: Operand) -> Float:
+    """Scores less the largest of their row, 0 where the mask forbids."""
+    allowed = np.broadcast_to(at.allowed, s.value.shape)
+    top = np.where(allowed, s.value, -np.inf).max(axis=-1, keepdims=True)
+    return np.where(allowed, s.value - np.where(np.isfinite(top), top, 0.0), 0.0)
+
+
+def softmax(at: Setting, s: Operand, power: Float) -> Prediction:
+    """Softmax over the allowed keys, one rounding, where exp(s - max) has a relative error of variance ``power`` per key.
+
+    A relative error of variance d_j per key reaches p_i through the sum as p_i^2 [d_i (1 - 2 p_i) + sum_j p_j^2 d_j]; three more roundings
+    for the sum, its reciprocal and the product.
+    """
     fmt, allowed = at.profile.activations, np.broadcast_to(at.allowed, s.value.shape)
     p = witness.softmax(s.value, allowed)
     top = np.where(allowed, s.value, -np.inf).max(axis=-1, keepdims=True)
     broken = ~np.isfinite(top) & allowed.any(axis=-1, keepdims=True)  # an overflow before: no element of such a row is a number
-    exponent = np.where(allowed, s.value - np.where(np.isfinite(top), top, 0.0), 0.0)
-    d = variance(exponent, F32) + EXP + _spread(s)
-    if at.profile.wide:
-        d = WIDE**2 + _spread(s)
+    d = power + _spread(s)
     total = (p * p * d).sum(axis=-1, keepdims=True)
     own, least = (WIDE**2, 0.0) if at.profile.wide else (3 * ROUNDING, TINY**2)
     left = p * p * (d * np.maximum(1.0 - 2.0 * p, 0.0) + total + own) + least

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from aprender.arithmetic import Format, Profile
 from aprender.judge import witness
@@ -39,6 +39,8 @@ class Setting:
         Token ids, their positions, and the positions of the J keys.
     weights, biases : sequence of arrays
         The parts of the stage's weight group, in order; empty if it has none.
+    stored : sequence of (str, array)
+        Number format and bytes of each weight in its file, where the arithmetic depends on them.
     captured : array or None
         What the side captured of this stage; only the RoPE table looks at it, to tell which neighbour each frequency is.
     """
@@ -51,6 +53,7 @@ class Setting:
     weights: Sequence[ArrayLike] = field(default=(), repr=False)
     biases: Sequence[ArrayLike] = field(default=(), repr=False)
     captured: Float | None = field(default=None, repr=False)
+    stored: Sequence[tuple[str, NDArray[np.uint8]]] = field(default=(), repr=False)
 
     @property
     def allowed(self) -> Mask:

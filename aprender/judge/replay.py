@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from aprender import _core, stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures, halves_from_pairs
+from aprender.judge import ggml
 from aprender.judge.noise import FUSED, PREDICT
 from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.sums import Index
@@ -142,9 +143,20 @@ class Replay:
         The model as the side holds it.
     weights : mapping or None
         As in :class:`~aprender.judge.witness.ModelData`; None where no one has them.
+    stored : mapping
+        As in :class:`~aprender.judge.witness.ModelData`.
     """
 
-    def __init__(self, sample: Sample, profile: Profile, hparams: HParams, flags: frozenset[str], weights: Weights | None) -> None:
+    def __init__(
+        self,
+        sample: Sample,
+        profile: Profile,
+        hparams: HParams,
+        flags: frozenset[str],
+        weights: Weights | None,
+        stored: Mapping[Key, tuple[str, NDArray[np.uint8]]] | None = None,
+    ) -> None:
+        self.recipes, self.stored = PREDICT if profile.ggml is None else ggml.PREDICT, stored or {}
         self.sample, self.profile, self.hparams, self.flags, self.weights = sample, profile, hparams, flags, weights
         self.wires = wiring(flags, int(hparams["layers"]))
         qd, kd = int(hparams["heads"]) * int(hparams["head"]), int(hparams["kv_heads"]) * int(hparams["head"])
@@ -156,7 +168,7 @@ class Replay:
         m = captures.manifest
         if model is None:
             return cls(Sample.of(captures), profile, m.hparams, m.flags, None)
-        return cls(Sample.of(captures), profile, model.hparams, model.flags, model.weights)
+        return cls(Sample.of(captures), profile, model.hparams, model.flags, model.weights, model.stored)
 
     def captured(self, key: Key) -> Float:
         """The captured value in float64, cut to the rows that this run computed (a cache may hold older ones)."""
@@ -213,9 +225,10 @@ class Replay:
             keys=self.sample.keys,
             weights=self._parts([r.weight for r in rows], key[1]),
             biases=self._parts([r.bias for r in rows], key[1]),
+            stored=self._stored(row.weight, key[1]) if self.profile.ggml and op in ggml.BY_FORMAT and row.weight else (),
             captured=captured,
         )
-        made = PREDICT[op](setting, operands)
+        made = self.recipes[op](setting, operands)
         return dataclasses.replace(made, shared=any(o.variance is not None for o in operands)), tuple(spans)
 
     def _operand(self, source: Source, last: bool, spans: list[Key]) -> Operand:
@@ -239,16 +252,29 @@ class Replay:
         """The last token of a value, if asked for and if the value has a token axis."""
         return np.take(value, [-1], axis=row.shape.index("T")) if last and "T" in row.shape else value
 
+    def _owners(self, groups: list[str | None], layer: int | None) -> list[Key]:
+        """The weights of the groups by name, in table order, as far as the model's flags switch them on."""
+        rows = [row for row in _core.WEIGHTS if row[1] in groups]
+        return [(name, layer) for name, *_, otherwise, flag in rows if flag == "ALWAYS" or flag in self.flags or otherwise]
+
     def _parts(self, groups: list[str | None], layer: int | None) -> tuple[ArrayLike, ...]:
-        """The weights of the groups, part by part in table order, as far as the model's flags switch them on."""
+        """The weights of the groups, part by part."""
         parts: list[ArrayLike] = []
-        for name, group, _, _, _, _, otherwise, flag in _core.WEIGHTS:
-            if group not in groups or not (flag == "ALWAYS" or flag in self.flags or otherwise):
-                continue
+        for owner in self._owners(groups, layer):
             if self.weights is None:
                 raise Unmeasured("it needs the side's weights, and there are none")
-            owner: Key = (name, layer)
             if owner not in self.weights:
                 raise Unmeasured(f"the weight {stages.spell(owner)} was not given")
             parts.append(self.weights[owner])
         return tuple(parts)
+
+    def _stored(self, group: str, layer: int | None) -> tuple[tuple[str, NDArray[np.uint8]], ...]:
+        """Number formats and bytes of a group's weights, which decide how its activations are rounded."""
+        out = []
+        for owner in self._owners([group], layer):
+            if owner not in self.stored:
+                raise Unmeasured(f"the number format of {stages.spell(owner)} in its file was not given, and the arithmetic depends on it")
+            if self.stored[owner][0] not in ggml.RULES:
+                raise Unmeasured(f"{stages.spell(owner)} is {self.stored[owner][0]}, for which no rounding of activations is declared")
+            out.append(self.stored[owner])
+        return tuple(out)

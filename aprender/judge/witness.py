@@ -43,12 +43,15 @@ class ModelData:
     weights : mapping
         (name, layer or None) to an array [out, in], after the side's own cast or dequantisation, Hugging Face lane order.  ``("output",
         None)`` of a tied model is its token table.
+    stored : mapping
+        The same keys to (number format, bytes [out, bytes of a row]) in the file, for arithmetics that depend on it; may be empty.
     """
 
     arch: str
     flags: frozenset[str]
     hparams: HParams
     weights: Weights = field(repr=False)
+    stored: Mapping[Key, tuple[str, NDArray[np.uint8]]] = field(default_factory=dict, repr=False)
 
 
 # ---- the definitions -------------------------------------------------------------------------------------------------------------------

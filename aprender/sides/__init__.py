@@ -54,12 +54,20 @@ def _saved(rest: str, spelling: str) -> Side:
     return SavedSide(rest, spelling=spelling)
 
 
-def _not_yet(rest: str, spelling: str) -> Side:
-    raise CannotRun(f"'{spelling}': llama.cpp as a side is not built yet", code="UNSUPPORTED", field="side")
+def _llamacpp(rest: str, spelling: str) -> Side:
+    from aprender.sides.llamacpp import PROFILES, LlamaCppSide
+
+    name, at, cache = rest.rpartition("@")
+    if not at or "/" in cache:  # an @ in a folder's name
+        name, cache = rest, next(iter(PROFILES))
+    if cache not in PROFILES:
+        text = f"'{spelling}': keys and values cannot be kept in '{cache}', one of {', '.join(PROFILES)} is needed"
+        raise UnknownName(text, code="LOOKUP", field="cache")
+    return LlamaCppSide(name, cache=cache, spelling=spelling)
 
 
 PREFIXES: Mapping[str, Callable[[str, str], Side]] = {
-    "cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved, "llama.cpp": _not_yet,
+    "cpu": _own("cpu"), "cuda": _own("cuda"), "hf": _hf, "saved": _saved, "llama.cpp": _llamacpp,
 }  # fmt: skip
 """Prefix before the first colon to what opens the rest."""
 
@@ -71,7 +79,7 @@ def open_side(spelling: str | os.PathLike[str]) -> Side:
     ----------
     spelling : str or Path
         ``model.gguf`` or ``folder/`` (our engine), ``cpu:`` or ``cuda:`` before it, ``hf:NAME_OR_FOLDER[@float32|@float16|@bfloat16]``,
-        ``saved:folder``.
+        ``llama.cpp:model.gguf[@f32|@f16]``, ``saved:folder``.
 
     Returns
     -------

@@ -46,7 +46,8 @@ class Side(Protocol):
         """The model as the side holds it, for the witness; None where the side cannot show it.
 
         ``arch``, ``flags``, ``hparams`` (``layers dim ffn heads kv_heads head vocab context eps theta``) and ``weights`` (:data:`Weights`,
-        Hugging Face lane order; ``output`` of a tied model is the token table).
+        Hugging Face lane order; ``output`` of a tied model is the token table).  A side that runs a file also gives ``stored``: the number
+        format and the bytes of each matrix.
         """
 
     def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:

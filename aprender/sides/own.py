@@ -52,6 +52,31 @@ class Weights(Mapping[Key, Array]):
         return len(self._keys)
 
 
+TURNED: Mapping[str, str] = {"attn_q": "heads", "attn_k": "kv_heads"}
+"""Weights whose rows the one quirk there is (``ROPE_PAIRS``) has as neighbours (2i, 2i + 1) of a head, and how many heads they have."""
+
+
+class Stored(Mapping[Key, tuple[str, NDArray[np.uint8]]]):
+    """What the file holds of each matrix: (name, layer) to its number format and bytes, one row per weight row, Hugging Face lane order."""
+
+    def __init__(self, model: _core.Model) -> None:
+        self._model = model
+        self._formats = {(info.name, info.layer): info.format for info in model.weights if len(info.shape) == 2}
+
+    def __getitem__(self, key: Key) -> tuple[str, NDArray[np.uint8]]:
+        raw: NDArray[np.uint8] = self._model.weight_raw(*key)
+        if self._model.quirks and key[0] in TURNED:
+            heads = int(self._model.hparams[TURNED[key[0]]])
+            raw = raw.reshape(heads, -1, 2, raw.shape[1]).swapaxes(1, 2).reshape(raw.shape)
+        return self._formats[key], raw
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
+
+
 # ---- edits ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +178,10 @@ class OwnSide:
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def model_data(self) -> dict[str, Any]:
-        """What the file holds, for the judge: ``arch``, ``flags``, ``hparams``, ``weights`` (never the edited ones)."""
-        return {"arch": self.model.arch, "flags": self.model.flags, "hparams": self.model.hparams, "weights": self.weights}
+        """What the file holds, for the judge: ``arch``, ``flags``, ``hparams``, ``weights`` (never the edited ones), ``stored``."""
+        model = self.model
+        held = {"arch": model.arch, "flags": model.flags, "hparams": model.hparams}
+        return held | {"weights": self.weights, "stored": Stored(model)}
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer | None:

@@ -18,56 +18,76 @@ typedef struct {
 
 /* --- a block --------------------------------------------------------------------------------------------------------------------------- */
 
+/* Eight lanes as vectors of the compiler: one source, whatever registers the tier has. */
+typedef uint32_t cmp_u __attribute__((vector_size(4 * CMP_LANES)));
+typedef int32_t  cmp_i __attribute__((vector_size(4 * CMP_LANES)));
+typedef float    cmp_f __attribute__((vector_size(4 * CMP_LANES)));
+typedef double   cmp_d __attribute__((vector_size(8 * CMP_LANES)));
+typedef int64_t  cmp_l __attribute__((vector_size(8 * CMP_LANES)));
+
+enum { CMP_EQUAL, CMP_VALUE, CMP_NAN_A, CMP_NAN_B, CMP_NAN_BOTH, CMP_INF, CMP_FINITE, CMP_COUNTS };
+typedef struct { cmp_u count[CMP_COUNTS], ulp; cmp_d sum[CMP_SUMS], gap; } cmp_lanes;
+
 static inline uint32_t cmp_bits(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
 
 /* Whole numbers in the order of the values, neighbours one apart; both zeros are 0. */
-static inline int32_t cmp_rank(uint32_t u) { int32_t m = (int32_t)(u & 0x7FFFFFFFu); return u >> 31 ? -m : m; }
+#define CMP_RANK(u, m) (((cmp_i)(m) ^ ((cmp_i)(u) >> 31)) - ((cmp_i)(u) >> 31))
 
-typedef struct { uint32_t bits_equal, value_equal, nan_a, nan_b, nan_both, inf_unlike, finite, max_ulp; double sum[CMP_SUMS], max_abs; } cmp_lane;
-
-/* Without a branch, so that a compiler can take the lanes together. */
-static inline __attribute__((always_inline)) void cmp_pair(float fa, float fb, cmp_lane *l) {
-    uint32_t ua = cmp_bits(fa), ub = cmp_bits(fb), ma = ua & 0x7FFFFFFFu, mb = ub & 0x7FFFFFFFu;
-    uint32_t nan_a = ma > 0x7F800000u, nan_b = mb > 0x7F800000u, finite = (ma < 0x7F800000u) & (mb < 0x7F800000u);
-    uint32_t same = ua == ub, zeros = (ma | mb) == 0, equal = same | zeros | (nan_a & nan_b);
-    int32_t ra = cmp_rank(finite ? ua : 0), rb = cmp_rank(finite ? ub : 0);
-    uint32_t ulp = ra > rb ? (uint32_t)ra - (uint32_t)rb : (uint32_t)rb - (uint32_t)ra;
-    double a = finite ? (double)fa : 0.0, b = finite ? (double)fb : 0.0, d = a - b, gap = d < 0 ? -d : d;
-    l->bits_equal += same;
-    l->value_equal += equal;
-    l->nan_a += nan_a & ~nan_b & 1u;
-    l->nan_b += nan_b & ~nan_a & 1u;
-    l->nan_both += nan_a & nan_b;
-    l->inf_unlike += (finite | nan_a | nan_b | equal) ^ 1u;
-    l->finite += finite;
-    l->max_ulp = ulp > l->max_ulp ? ulp : l->max_ulp;
-    l->max_abs = gap > l->max_abs ? gap : l->max_abs;
-    const double term[CMP_SUMS] = { a, b, a * a, b * b, d * d, d * (a + b) };
+/* A mask is all ones where it holds, so that subtracting it counts. */
+static inline __attribute__((always_inline)) void cmp_eight(const float *pa, const float *pb, cmp_lanes *l) {
+    cmp_u ua, ub;
+    memcpy(&ua, pa, sizeof ua);
+    memcpy(&ub, pb, sizeof ub);
+    cmp_i ma = (cmp_i)(ua & 0x7FFFFFFFu), mb = (cmp_i)(ub & 0x7FFFFFFFu);
+    cmp_i nan_a = ma > 0x7F800000, nan_b = mb > 0x7F800000, finite = (ma < 0x7F800000) & (mb < 0x7F800000);
+    cmp_i same = ua == ub, equal = same | ((ma | mb) == 0) | (nan_a & nan_b);
+    const cmp_i mask[CMP_COUNTS] = { same, equal, nan_a & ~nan_b, nan_b & ~nan_a, nan_a & nan_b, ~(finite | nan_a | nan_b | equal), finite };
+    for (int k = 0; k < CMP_COUNTS; k++) l->count[k] -= (cmp_u)mask[k];
+    cmp_i ra = CMP_RANK(ua, ma) & finite, rb = CMP_RANK(ub, mb) & finite, up = ra > rb;
+    cmp_u steps = (((cmp_u)ra - (cmp_u)rb) & (cmp_u)up) | (((cmp_u)rb - (cmp_u)ra) & (cmp_u)~up);
+    cmp_u more = (cmp_u)((cmp_i)(steps ^ 0x80000000u) > (cmp_i)(l->ulp ^ 0x80000000u));       /* an unsigned comparison */
+    l->ulp = (steps & more) | (l->ulp & ~more);
+    cmp_d a = __builtin_convertvector((cmp_f)(ua & (cmp_u)finite), cmp_d), b = __builtin_convertvector((cmp_f)(ub & (cmp_u)finite), cmp_d), d = a - b;
+    cmp_d gap = (cmp_d)((cmp_l)d & INT64_MAX);
+    cmp_l wider = gap > l->gap;
+    l->gap = (cmp_d)(((cmp_l)gap & wider) | ((cmp_l)l->gap & ~wider));
+    const cmp_d term[CMP_SUMS] = { a, b, a * a, b * b, d * d, d * (a + b) };
     for (int k = 0; k < CMP_SUMS; k++) l->sum[k] += term[k];
 }
 
-static inline __attribute__((always_inline)) void cmp_lanes(const float *a, const float *b, int n, cmp_block *out) {
-    cmp_lane l[CMP_LANES];
-    memset(l, 0, sizeof l);
-    int whole = n - n % CMP_LANES;
-    for (int i = 0; i < whole; i += CMP_LANES)
-        for (int k = 0; k < CMP_LANES; k++) cmp_pair(a[i + k], b[i + k], &l[k]);
-    for (int i = whole; i < n; i++) cmp_pair(a[i], b[i], &l[i - whole]);
-    memset(out, 0, sizeof *out);
-    for (int k = 0; k < CMP_LANES; k++) {
-        out->bits_equal += l[k].bits_equal; out->value_equal += l[k].value_equal; out->finite += l[k].finite;
-        out->nan_a += l[k].nan_a; out->nan_b += l[k].nan_b; out->nan_both += l[k].nan_both; out->inf_unlike += l[k].inf_unlike;
-        if (l[k].max_ulp > out->max_ulp) out->max_ulp = l[k].max_ulp;
-        if (l[k].max_abs > out->max_abs) out->max_abs = l[k].max_abs;
-        for (int s = 0; s < CMP_SUMS; s++) out->sum[s] += l[k].sum[s];
+static inline __attribute__((always_inline)) void cmp_all(const float *a, const float *b, int n, cmp_block *out) {
+    cmp_lanes l;
+    float rest[2][CMP_LANES] = { { 0 } };
+    int whole = n - n % CMP_LANES, missing = (CMP_LANES - n % CMP_LANES) % CMP_LANES;
+    memset(&l, 0, sizeof l);
+    for (int i = 0; i < whole; i += CMP_LANES) cmp_eight(a + i, b + i, &l);
+    if (missing) {                              /* the last lanes are pairs of zeros, which only the counts would see */
+        memcpy(rest[0], a + whole, (size_t)(n - whole) * sizeof *a);
+        memcpy(rest[1], b + whole, (size_t)(n - whole) * sizeof *b);
+        cmp_eight(rest[0], rest[1], &l);
     }
+    uint32_t count[CMP_COUNTS] = { 0 };
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < CMP_LANES; i++) {
+        for (int k = 0; k < CMP_COUNTS; k++) count[k] += l.count[k][i];
+        for (int k = 0; k < CMP_SUMS; k++) out->sum[k] += l.sum[k][i];
+        if (l.ulp[i] > out->max_ulp) out->max_ulp = l.ulp[i];
+        if (l.gap[i] > out->max_abs) out->max_abs = l.gap[i];
+    }
+    out->bits_equal = count[CMP_EQUAL] - (uint32_t)missing;
+    out->value_equal = count[CMP_VALUE] - (uint32_t)missing;
+    out->finite = count[CMP_FINITE] - (uint32_t)missing;
+    out->nan_a = count[CMP_NAN_A];
+    out->nan_b = count[CMP_NAN_B];
+    out->nan_both = count[CMP_NAN_BOTH];
+    out->inf_unlike = count[CMP_INF];
     out->worst = out->nan_a || out->nan_b ? AP_GAP_NAN : out->inf_unlike ? AP_GAP_INF : out->max_abs;
 }
 
 /* The same source for each tier: more lanes in a register, the same operations in the same order. */
-static void cmp_block_generic(const float *a, const float *b, int n, cmp_block *out) { cmp_lanes(a, b, n, out); }
+static void cmp_block_generic(const float *a, const float *b, int n, cmp_block *out) { cmp_all(a, b, n, out); }
 #if defined(__x86_64__)
-__attribute__((target("avx2"), optimize("O3"))) static void cmp_block_avx2(const float *a, const float *b, int n, cmp_block *out) { cmp_lanes(a, b, n, out); }
+AP_TARGET_AVX2 static void cmp_block_avx2(const float *a, const float *b, int n, cmp_block *out) { cmp_all(a, b, n, out); }
 #endif
 static void (*const cmp_block_of[AP_TIER_N])(const float *, const float *, int, cmp_block *) = {
 #define T(name, cond) [AP_TIER_##name] = cmp_block_##name,

@@ -1,0 +1,199 @@
+"""Times of the core, side by side with what else does the same: printed, and written to evidence/bench/.
+
+    python scripts/bench.py            # every bench
+    python scripts/bench.py opening    # one of them
+
+Every figure is a median of several runs in one process on one machine; ratios are of medians taken in turn, so that a busy machine spoils
+both alike.  Nothing here is asserted: a time depends on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from aprender import _core  # noqa: E402
+
+Timed = dict[str, float]
+
+
+def medians(calls: dict[str, Callable[[], object]], runs: int = 9) -> Timed:
+    """Median seconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _text(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + data
+
+
+def _tensors() -> list[tuple[str, tuple[int, ...], int]]:
+    """Names, shapes (innermost first) and ggml ids of a 7B model in the usual 4-bit mix: 339 tensors."""
+    found: list[tuple[str, tuple[int, ...], int]] = [("token_embd.weight", (3584, 152064), 12)]
+    layer = (
+        ("attn_norm.weight", (3584,), 0), ("attn_q.weight", (3584, 3584), 12), ("attn_q.bias", (3584,), 0),
+        ("attn_k.weight", (3584, 512), 12), ("attn_k.bias", (512,), 0), ("attn_v.weight", (3584, 512), 14), ("attn_v.bias", (512,), 0),
+        ("attn_output.weight", (3584, 3584), 12), ("ffn_norm.weight", (3584,), 0), ("ffn_gate.weight", (3584, 18944), 12),
+        ("ffn_up.weight", (3584, 18944), 12), ("ffn_down.weight", (18944, 3584), 14),
+    )  # fmt: skip
+    found += [(f"blk.{i}.{name}", shape, kind) for i in range(28) for name, shape, kind in layer]
+    return [*found, ("output_norm.weight", (3584,), 0), ("output.weight", (3584, 152064), 14)]
+
+
+def _seven_billion(path: Path) -> None:
+    """A sparse file that describes itself as a 7B model does: 339 tensors, 152,064 tokens, 151,387 merges."""
+    tokens = [b"token%06d"[: 4 + i % 9] % i if i % 9 == 8 else (b"%012d" % i)[-(3 + i % 9) :] for i in range(152064)]
+    merges = [b"a%d b%d" % (i, i) for i in range(151387)]
+    pairs = [_text(b"general.architecture") + struct.pack("<I", 8) + _text(b"qwen2")]
+    pairs += [_text(key) + struct.pack("<IIQ", 9, 8, len(found)) + b"".join(map(_text, found))
+              for key, found in ((b"tokenizer.ggml.tokens", tokens), (b"tokenizer.ggml.merges", merges))]  # fmt: skip
+    infos, offset = b"", 0
+    for name, shape, kind in _tensors():
+        block, size = {0: (1, 4), 12: (256, 144), 14: (256, 210)}[kind]
+        infos += _text(name.encode()) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        offset += -(-int(np.prod(shape)) // block * size // 32) * 32
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(_tensors()), len(pairs)) + b"".join(pairs) + infos
+    head += bytes(-len(head) % 32)
+    with path.open("wb") as out:
+        out.write(head)
+        out.truncate(len(head) + offset)
+
+
+def opening() -> list[str]:
+    """The index of a 7B GGUF, and a file of 200,000 keys."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        large, many = Path(folder, "7b.gguf"), Path(folder, "keys.gguf")
+        _seven_billion(large)
+        keys = b"".join(_text(b"key.%06d" % i) + struct.pack("<II", 4, i) for i in range(200_000))
+        many.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 200_000) + keys)
+        cpu = time.process_time()
+        _core.File(large)
+        cpu = time.process_time() - cpu
+        took = medians({"index": lambda: _core.File(large), "keys": lambda: _core.File(many)})
+        began = time.perf_counter()
+        gguf.GGUFReader(large)
+        reader = time.perf_counter() - began
+        file = _core.File(large)
+        began = time.perf_counter()
+        file.get("tokenizer.ggml.tokens")
+        tokens = time.perf_counter() - began
+        size = large.stat().st_size / 1e9
+    return [
+        f"index of a 7B GGUF ({size:.1f} GB, sparse, 339 tensors, 152,064 tokens, 151,387 merges): {1e3 * took['index']:.1f} ms"
+        f" ({1e3 * cpu:.1f} ms of CPU in the first); its tokens as Python strings, when asked for: {1e3 * tokens:.0f} ms more;"
+        f" the gguf package's reader: {reader:.1f} s",
+        f"200,000 keys: {1e3 * took['keys']:.0f} ms",
+    ]
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------------------------
+
+
+def loading() -> list[str]:
+    """All weights of a file into memory, ours and llama.cpp's without mmap, the same file in turn."""
+    import llamacpp
+    import tiny
+
+    shape = tiny.Shape("llama", layers=8, dim=1024, ffn=4096, heads=16, kv_heads=4, head=64, vocab=8192)
+    with tempfile.TemporaryDirectory() as folder, llamacpp.Peer() as peer:
+        path = tiny.save_gguf(shape, Path(folder, "m.gguf"), "Q8_0")
+        size = path.stat().st_size
+        took = medians({
+            "read": lambda: _core.Model(_core.File(path)), "mapped": lambda: _core.Model(_core.File(path, mmap=True)),
+            "llama.cpp": lambda: peer.logits(path, [1]),
+        }, 7)  # fmt: skip
+    return [
+        f"loading {size / 1e6:.0f} MB (Q8_0, page cache): read {size / took['read'] / 1e9:.2f} GB/s, mapped {1e3 * took['mapped']:.1f} ms;"
+        f" llama.cpp with its default settings, load and one token: {1e3 * took['llama.cpp']:.0f} ms"
+        f" (ours, load alone: {1e3 * took['read']:.0f} ms)"
+    ]
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------------------------
+
+
+def comparing() -> list[str]:
+    """Every figure of two arrays: one pass in C over what NumPy needs for the same figures."""
+    from test_measure import pair, sums, witness
+
+    a, b = pair(1_000_000)
+
+    def plain() -> None:
+        witness(a, b)
+        finite = np.isfinite(a) & np.isfinite(b)
+        x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
+        d = x - y
+        for term in (x, y, x * x, y * y, d * d, d * (x + y)):
+            term.sum()
+
+    took = medians({"NumPy": plain, "C 1": lambda: _core.compare(a, b, threads=1), "C 2": lambda: _core.compare(a, b, threads=2)})
+    assert sums(a[:100], b[:100])
+    return [
+        f"comparing 10^6 values, all figures: NumPy {1e3 * took['NumPy']:.1f} ms, C {1e3 * took['C 1']:.2f} ms on one thread"
+        f" ({took['NumPy'] / took['C 1']:.0f} times as fast), {1e3 * took['C 2']:.2f} ms on two ({took['NumPy'] / took['C 2']:.0f} times)"
+    ]
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------------------------
+
+
+def encoding() -> list[str]:
+    """float32 to each format that can be written, one thread."""
+    values = np.random.default_rng(0).standard_normal((512, 4096)).astype(np.float32)
+    writable = [row[0] for row in _core.FORMATS if row[8]]
+    took = medians({name: lambda name=name: _core.encode(name, values, threads=1) for name in writable}, 5)
+    return ["encoding float32, one thread, MB/s: " + ", ".join(f"{name} {values.nbytes / took[name] / 1e6:.0f}" for name in writable)]
+
+
+BENCHES: dict[str, Callable[[], list[str]]] = {"opening": opening, "loading": loading, "comparing": comparing, "encoding": encoding}
+
+
+def machine() -> str:
+    """What ran it."""
+    name = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?"
+    )
+    tier = [row[0] for row in _core.TIERS if row[1]][-1]
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, tier {tier}, {cores} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, NumPy {np.__version__}"
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(BENCHES)
+    lines = [f"* {line}" for name in chosen for line in BENCHES[name]()]
+    print("\n".join([machine(), *lines]))
+    if len(sys.argv) == 1:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+        ).stdout.strip()
+        folder = ROOT / "evidence" / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        said = ["# Times of the core", "", f"`python scripts/bench.py` at {commit or 'no commit'}: {machine()}", "", *lines, ""]
+        (folder / "README.md").write_text("\n".join(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -396,33 +396,61 @@ def named(target: str) -> set[str]:
     return {path.name for path in (HERE / "seeds" / target).iterdir() if not re.fullmatch(r"[0-9a-f]{40}", path.name)}
 
 
-def merge() -> int:
-    """Adds to the named seeds the fewest corpus files that reach every edge the corpus reaches."""
+def reached(folder: Path, target: str) -> dict[Path, set[int]]:
+    """The edges that each seed and each corpus file reaches, by libFuzzer's own book-keeping of a merge."""
+    with tempfile.TemporaryDirectory() as temporary:
+        control = Path(temporary, "control")
+        inputs = [str(HERE / "seeds" / target), str(CORPUS / target)]
+        arguments = [
+            str(folder / target),
+            "-set_cover_merge=1",
+            "-use_counters=0",
+            f"-merge_control_file={control}",
+            f"-max_len={TARGETS[target]}",
+            temporary,
+            *inputs,
+        ]
+        done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise CannotBuildError(done.stderr[-3000:])
+        lines = control.read_text().splitlines()
+    paths = [Path(line) for line in lines[2 : 2 + int(lines[0])]]
+    edges = {int(number): set(map(int, rest)) for kind, number, *rest in map(str.split, lines[2 + len(paths) :]) if kind == "FT"}
+    return {path: edges.get(number, set()) for number, path in enumerate(paths)}
+
+
+def merge(files: int, budget: int) -> int:
+    """Adds to the named seeds those corpus files that reach the most new edges for their size."""
     cc, folder = fuzzers()
     if not cc.libfuzzer:
         raise CannotBuildError("merging needs libFuzzer: install clang and libclang-rt-dev")
     for target in targets():
         seeds, keep = HERE / "seeds" / target, named(target)
-        with tempfile.TemporaryDirectory() as temporary:
-            before = Path(temporary, "before")
-            shutil.copytree(seeds, before)
-            for path in seeds.iterdir():
-                if path.name not in keep:
-                    path.unlink()
-            arguments = [
-                str(folder / target),
-                "-set_cover_merge=1",
-                "-use_counters=0",
-                f"-max_len={TARGETS[target]}",
-                str(seeds),
-                str(CORPUS / target),
-                str(before),
-            ]
-            done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, errors="replace", check=False)
-            if done.returncode:
-                print(done.stderr[-3000:])
+        edges = reached(folder, target)
+        have = set().union(*(found for path, found in edges.items() if path.name in keep))
+        rest = {path: (found, path.stat().st_size) for path, found in edges.items() if path.name not in keep}
+        chosen: list[Path] = []
+        room = budget
+        while rest and len(chosen) < files:
+            best = max(rest, key=lambda path: len(rest[path][0] - have) / (rest[path][1] + 64) if rest[path][1] <= room else 0)
+            found, size = rest.pop(best)
+            if not found - have or size > room:
+                break
+            chosen.append(best)
+            have |= found
+            room -= size
+        contents = [path.read_bytes() for path in chosen]
+        for path in seeds.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        for content in contents:
+            (seeds / hashlib.sha1(content).hexdigest()).write_bytes(content)
+        missing = len(set().union(*edges.values()) - have)
         size = sum(path.stat().st_size for path in seeds.iterdir())
-        print(f"{target:12} {len(keep)} named, {len(list(seeds.iterdir())) - len(keep)} found, {size:,} bytes")
+        print(
+            f"{target:12} {len(keep)} named, {len(chosen)} found, {size:,} bytes, {len(have)} edges, {missing} more in the corpus",
+            flush=True,
+        )
     return 0
 
 
@@ -438,7 +466,9 @@ def main() -> int:
     proving = commands.add_parser("prove")
     proving.add_argument("--seconds", type=int, default=120, help="for each fault, at most")
     proving.add_argument("--record", type=Path)
-    commands.add_parser("merge")
+    merging = commands.add_parser("merge")
+    merging.add_argument("--files", type=int, default=24, help="for each target, at most")
+    merging.add_argument("--budget", type=int, default=8000, help="bytes for each target, at most")
     commands.add_parser("seeds")
     given = parser.parse_args()
     try:
@@ -447,7 +477,7 @@ def main() -> int:
         if given.command == "coverage":
             return coverage(given.missing)
         if given.command == "merge":
-            return merge()
+            return merge(given.files, given.budget)
         if given.command == "prove":
             return prove(given.seconds, given.record)
         if given.command == "compiler":

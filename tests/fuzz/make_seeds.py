@@ -276,6 +276,13 @@ def apr(metadata: dict[str, Any], tensors: Iterable[tuple[str, list[int], int]],
     return image + struct.pack("<I", zlib.crc32(image))
 
 
+def counted(image: bytes, count: int) -> bytes:
+    """The APR with another number of tensors in its header."""
+    head = image[:8] + struct.pack("<I", count) + image[12:40]
+    image = head + struct.pack("<I", zlib.crc32(head + image[44:64])) + image[44:-4]
+    return image + struct.pack("<I", zlib.crc32(image))
+
+
 def gguf_spelled(name: str) -> str:
     """As writers that kept GGUF's names have it."""
     parts = {
@@ -323,6 +330,7 @@ def apr_seeds() -> dict[str, bytes]:
         "ranks": apr({}, [("eight", [1] * 8, 0), ("none", [0, 3], 1), ("scalar", [], 0)]),
         "empty": apr({}, []),
         "many-tensors": apr({}, [(f"{i:02}", [], 6) for i in range(81)]),
+        "count-too-large": counted(apr({}, [(name, [1] * 8, 0) for name in "abcd"]), 15),
         "long-metadata": apr({"a": "x" * 4500}, []),
         "shard-negative": apr({"sharding": {"shard_count": -1}}, []),
         "same-place": apr({}, [("a", [0], 0), ("b", [0], 0), ("c", [1], 0)]),

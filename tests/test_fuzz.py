@@ -37,7 +37,14 @@ def test_the_named_seeds_are_those_of_the_script(written: Path) -> None:
     assert sum(path.stat().st_size for path in SEEDS.rglob("*") if path.is_file()) < 200_000
 
 
-REFUSED = {"count-too-large": "NAME", "shard": "UNSUPPORTED", "shard-beyond": "PATH", "shard-negative": "CONFIG", "index": "MISSING"}
+REFUSED = {
+    "count-too-large": "NAME",
+    "shard": "UNSUPPORTED",
+    "shard-beyond": "PATH",
+    "shard-negative": "CONFIG",
+    "index": "MISSING",
+    "nothing": "TRUNCATED",
+}
 
 
 @pytest.mark.parametrize("target", ["gguf", "safetensors", "apr"])

@@ -125,6 +125,7 @@ def gguf_seeds() -> dict[str, bytes]:
         "version-2-tail": gguf(basic[:1], three, version=2, tail=32),
         "ranks": gguf([], [("scalar", [], 0), ("none", [0], 0), ("none2", [4, 0, 2], 1), ("four", [2, 1, 1, 2], 24)]),
         "empty": gguf([], []),
+        "nothing": b"",
         "many-keys": gguf([(f"{i:02}", U8, 1) for i in range(85)], []),
         "many-tensors": gguf([], [(f"{i:02}", [], 24) for i in range(85)], alignment=32),
         "long-string": gguf([("s", STR, "x" * 1001)], []),
@@ -149,6 +150,7 @@ def bind_seeds() -> dict[str, bytes]:
         model_apr("llama", n_layer=1, d_model=8),
     )
     spelled = {"apr-llama": model_apr("llama"), "apr-qwen2": model_apr("qwen2"), "apr-neighbours": neighbours}
+    spelled["apr-class"] = model_apr("llama", architecture="LlamaForCausalLM")
     two, biased = model_apr("llama", hf_model_type="qwen2"), model_apr("qwen2", rope_type=0)
     strange = model_apr("llama", tie_word_embeddings=True, attention_bias=0, hidden_act=1)
     bad = {"apr-contradiction": twice, "apr-two-names": two, "apr-neighbours-bias": biased, "apr-strange": strange}
@@ -217,7 +219,9 @@ def config_seeds() -> dict[str, bytes]:
         "rope-parameters": old | nested,
         "rope-scaling": CONFIG | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
         "qwen2": CONFIG | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
-        "bias": CONFIG | {"attention_bias": True, "num_key_value_heads": "1"},
+        "bias": CONFIG | {"attention_bias": True},
+        "text-for-number": CONFIG | {"num_key_value_heads": "1"},
+        "nulls": CONFIG | {"attention_bias": None, "tie_word_embeddings": None, "mlp_bias": None},
         "untied": {name: item for name, item in CONFIG.items() if name != "tie_word_embeddings"},
         "words": CONFIG | {"hidden_act": "swish", "rope_scaling": {"rope_type": "none"}, "layer_types": ["linear", "chunked_attention"]},
         "many-keys": CONFIG | {f"{i:02}": None for i in range(80)},
@@ -380,7 +384,26 @@ def folder_seeds() -> dict[str, bytes]:
         "split": folder(NAMES[5], halves),
         "apr": folder("m.apr", [("m.apr", REGULAR, model_apr("llama"))]),
         "trace": bytes([NAMES.index("m.bin") + 13 * 10]) + folder(".", [("m.bin", REGULAR, aprt_seeds()["basic"])])[1:],
-        "dots": folder(".", [(NAMES[2], REGULAR, b'{"weight_map":{"a":"..","b":"."}}')]),
+        **{
+            f"shard-named-{what}": folder(".", [(NAMES[2], REGULAR, json.dumps({"weight_map": {"a": name}}).encode())])
+            for what, name in (("dots", ".."), ("dot", "."), ("nul", "a\0b"), ("long", "x" * 256), ("nothing", ""))
+        },
+        "many-in-map": folder(".", [(NAMES[2], REGULAR, json.dumps({"weight_map": {f"{i:02}": "a" for i in range(81)}}).encode())]),
+        "many-in-shards": folder(
+            ".",
+            [
+                (NAMES[2], REGULAR, json.dumps({"weight_map": {"00": shards[0], "50": shards[1]}}).encode()),
+                (NAMES[3], REGULAR, safetensors([(f"{i:02}", "U8", []) for i in range(41)])),
+                (NAMES[4], REGULAR, safetensors([(f"{i:02}", "U8", []) for i in range(50, 91)])),
+            ],
+        ),
+        "split-uncounted": folder(
+            NAMES[5],
+            [
+                (NAMES[5], REGULAR, gguf([("split.no", U16, 0), ("split.count", U16, 2)], [("a", [4], 0)])),
+                (NAMES[6], REGULAR, gguf([("split.no", U16, 1), ("split.count", U16, 2)], [("b", [4], 0)])),
+            ],
+        ),
         "pipe": folder(".", [(NAMES[0], PIPE, b""), config]),
         "nothing": folder(".", [("m.bin", REGULAR, b"version https://git-lfs.github.com/spec/v1")]),
     }

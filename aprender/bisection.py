@@ -300,7 +300,7 @@ def _judge(
     progress(0.3)
     notes = check_contract(left, right)
     models = {
-        "subject": weights_of(subject, left.manifest, candidates(subject)),
+        "subject": weights_of(subject, left.manifest, candidates(subject, reference)),
         "reference": weights_of(reference, right.manifest, candidates(reference, subject)),
     }
     parties = {}

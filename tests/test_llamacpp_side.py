@@ -24,6 +24,7 @@ from conftest import CANARY, PROMPT
 
 from aprender import arithmetic, bisect, run, trace
 from aprender.captures import Captures, aligned, open_captures
+from aprender.captures import save as save_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, UnknownName
 from aprender.judge import ggml, metrics, verdict
 from aprender.judge.verdict import StageResult
@@ -572,6 +573,21 @@ def test_bisect_against_hugging_face(save: Callable[..., Path], tmp_path: Path, 
 
 
 @foreign
+def test_bisect_names_what_an_engine_loaded_wrongly(save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages of an engine that says it runs a file, and multiplies with one block of it read wrongly: from a saved trace to the verdict."""
+    right = save(wide(SHAPES[0]), "Q4_K")
+    other = edited(right, "blk.0.ffn_down.weight", 144 * 5, one_ulp)
+    captures = LlamaCppSide(other).capture(IDS[:8])
+    claimed = Captures(captures, dataclasses.replace(captures.manifest, model_digest=OwnSide(right).digest))
+    save_captures(claimed, tmp_path / "stages")
+    assert bisect.main([f"saved:{tmp_path / 'stages'}", "--against", str(right), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert (said["finding"], len(said["wrong"])) == ("operation", 1)
+    assert (said["first"]["stage"], said["first"]["layer"], said["first"]["side"]) == ("ffn_out", 0, "subject")
+    print(said["sentence"])
+
+
+@foreign
 def test_run_and_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path, peer: llamacpp.Peer) -> None:
     name = f"llama.cpp:{CANARY / 'canary.gguf'}"
     assert run.main([name, "--prompt", PROMPTS[0]]) == 0
@@ -582,7 +598,8 @@ def test_run_and_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path, peer:
     saved = open_captures(out)
     assert saved.manifest.attestation is True
     assert saved.manifest.arithmetic["cpu"] == saved.manifest.tier
-    assert bisect.main([f"saved:{out}", "--against", str(CANARY / "canary.gguf"), "-q"]) == 0  # what needs no weights is judged
+    assert bisect.main([f"saved:{out}", "--against", str(CANARY / "canary.gguf"), "-q"]) == 0
+    assert "all 75 judged stages" in capsys.readouterr().out  # the file that its digest names is the reference's
 
 
 def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

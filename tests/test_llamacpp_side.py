@@ -242,8 +242,9 @@ def test_ids_are_checked(save: Callable[..., Path]) -> None:
         side.capture([1, 112])
     with pytest.raises(ArgumentError, match="empty"):
         side.generate([], 3)
-    with pytest.raises(ArgumentError, match="positive"):
-        LlamaCppSide(side.path, threads=0)
+    for options in ({"threads": 0}, {"threads": 513}, {"chunk": 0}):
+        with pytest.raises(ArgumentError, match="is needed"):
+            LlamaCppSide(side.path, **options)
 
 
 @foreign
@@ -261,15 +262,28 @@ def test_a_model_that_it_refuses(peer: llamacpp.Peer, tmp_path: Path) -> None:
 
 
 @foreign
-def test_a_death_is_an_error(save: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """An assertion in the library: this process lives on, the message has its last words, and the command ends with 3."""
-    path = save(SHAPES[0], "F32")
-    side = LlamaCppSide(path)
-    side._options["threads"] = 1 << 20  # more than ggml's thread pool has room for
-    with pytest.raises(CannotRun, match=r"signal|ended with") as caught:
-        side.capture(IDS[:2])
+def test_a_death_is_an_error(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An assertion of ggml in the middle of a run: this process lives on, the message has its last words, and the command ends with 3."""
+    script = (
+        "import ctypes, sys\n"
+        "from aprender.sides import llamacpp_worker as worker\n"
+        "def decode(self, *_, **__):\n"
+        "    ctypes.CDLL('libggml-base.so').ggml_abort(b'ops.cpp', 17, b'GGML_ASSERT(%s) failed', b'a->ne[0] == 7')\n"
+        "worker.Engine.decode = decode\n"
+        "worker.main(sys.stdin, sys.stdout)\n"
+    )
+    path, run_worker = save(SHAPES[0], "F32"), subprocess.Popen
+
+    def other(command: list[str], **options: object) -> subprocess.Popen[str]:
+        libraries = {"LD_LIBRARY_PATH": str(find_libraries()), "GGML_NO_BACKTRACE": "1"}
+        return run_worker([sys.executable, "-c", script], **(options | {"env": options["env"] | libraries}))
+
+    monkeypatch.setattr(subprocess, "Popen", other)
+    with pytest.raises(CannotRun, match=r"ended by signal 6: .*ops\.cpp:17: GGML_ASSERT\(a->ne\[0\] == 7\) failed") as caught:
+        LlamaCppSide(path).capture(IDS[:2])
     assert caught.value.code == "DIED"
-    print(caught.value)
+    assert run.main([f"llama.cpp:{path}", "--prompt-ids", "1,2"]) == 3
+    assert "GGML_ASSERT" in capsys.readouterr().err
 
 
 # ---- clean runs --------------------------------------------------------------------------------------------------------

@@ -160,7 +160,6 @@ static int apr_index(ap_file *f, const apr_head *h, ap_err *e) {
     for (uint32_t i = 0; i < h->tensors; i++) {
         ap_tensor t = { .dim = dim };
         AP_TRY(apr_entry(f, &c, &t, e));
-        if (ap_left(&c) / APR_ENTRY_MIN < h->tensors - i - 1) return apr_short(&c, e);      /* these dimensions are the place of entries that are still to come */
         ap_file_keep(f, &t);
     }
     return apr_padding(f, c.pos, h->data, APR_ALIGN, "the data", e);

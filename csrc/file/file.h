@@ -81,14 +81,22 @@ int   ap_file_index(ap_file *f, ap_err *e);                               /* fil
 int   ap_file_twice(const void *rows, int n, size_t stride, int *order);  /* sorts rows that begin with an ap_str into order; the place in it of the second of two equal ones, or 0 */
 void *ap_file_room(void *rows, int n, uint64_t *cap, uint64_t size);      /* room for row n, doubling; NULL: no memory, rows stay */
 
-/* Limits: each is refused with AP_LIMIT. */
-#ifndef AP_FILE_WHOLE                           /* the fuzzers make it small */
+/* Limits: each is refused with AP_LIMIT.  The fuzzers build with small ones, so that they meet them. */
+#ifndef AP_SMALL_LIMITS
 #define AP_FILE_WHOLE      (8u << 20)           /* a file up to this size is read at once */
-#endif
 #define AP_LIMIT_TENSORS   1000000u
 #define AP_LIMIT_KV        1000000u
 #define AP_LIMIT_METADATA  (1u << 30)
 #define AP_LIMIT_STRING    (64u << 20)
 #define AP_LIMIT_HEADER    100000000u
 #define AP_LIMIT_SHARDS    4096
+#else
+#define AP_FILE_WHOLE      256u
+#define AP_LIMIT_TENSORS   80u
+#define AP_LIMIT_KV        80u
+#define AP_LIMIT_METADATA  5000u
+#define AP_LIMIT_STRING    1000u
+#define AP_LIMIT_HEADER    4500u
+#define AP_LIMIT_SHARDS    2
+#endif
 #endif

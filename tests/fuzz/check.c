@@ -92,7 +92,7 @@ const ap_container *check_container(const char *name) {
 /* Beside one copy of the file, memory is a fixed multiple of the bytes that were read, never of a number that they declare.  A GGUF entry of at least 14
 ** (25) bytes becomes a row of 64 (128).  In JSON a member takes 6 bytes, and its row, with the dotted key that it stands for, over 300. */
 static uint64_t check_may(const check_input *in) {
-    enum { FIXED = 32 << 10, GGUF_RATIO = 4, JSON_RATIO = 60 };
+    enum { FIXED = 32 << 10, GGUF_RATIO = 5, JSON_RATIO = 60 };
     uint64_t n = in->n + in->config_n, ratio = in->kind && !strcmp(in->kind->name, "gguf") ? GGUF_RATIO : JSON_RATIO;
     return n + ratio * n + FIXED;
 }

@@ -125,6 +125,11 @@ def gguf_seeds() -> dict[str, bytes]:
         "version-2-tail": gguf(basic[:1], three, version=2, tail=32),
         "ranks": gguf([], [("scalar", [], 0), ("none", [0], 0), ("none2", [4, 0, 2], 1), ("four", [2, 1, 1, 2], 24)]),
         "empty": gguf([], []),
+        "nothing": b"",
+        "many-keys": gguf([(f"{i:02}", U8, 1) for i in range(85)], []),
+        "many-tensors": gguf([], [(f"{i:02}", [], 24) for i in range(85)], alignment=32),
+        "long-string": gguf([("s", STR, "x" * 1001)], []),
+        "long-metadata": gguf([(f"{i:02}", STR, "x" * 990) for i in range(5)] + [("z", U8, 1)], [("a", [1], 24)]),
     }
 
 
@@ -145,7 +150,11 @@ def bind_seeds() -> dict[str, bytes]:
         model_apr("llama", n_layer=1, d_model=8),
     )
     spelled = {"apr-llama": model_apr("llama"), "apr-qwen2": model_apr("qwen2"), "apr-neighbours": neighbours}
-    return made | spelled | {"apr-gguf-names": names, "apr-contradiction": twice}
+    spelled["apr-class"] = model_apr("llama", architecture="LlamaForCausalLM")
+    two, biased = model_apr("llama", hf_model_type="qwen2"), model_apr("qwen2", rope_type=0)
+    strange = model_apr("llama", tie_word_embeddings=True, attention_bias=0, hidden_act=1)
+    bad = {"apr-contradiction": twice, "apr-two-names": two, "apr-neighbours-bias": biased, "apr-strange": strange}
+    return made | spelled | {"apr-gguf-names": names} | bad
 
 
 # ---- safetensors and config.json ------------------------------------------------------------------
@@ -176,6 +185,11 @@ def safetensors_seeds() -> dict[str, bytes]:
         "dtypes": safetensors([(f"t.{dtype}", dtype, [2, 2]) for dtype in WIDTHS]),
         "ranks": safetensors([("scalar", "F32", []), ("none", "F16", [0]), ("none2", "I8", [3, 0]), ("eight", "U8", [1] * 8)]),
         "empty": safetensors([]),
+        "many-tensors": safetensors([(f"{i:02}", "U8", []) for i in range(81)]),
+        "many-keys": safetensors([], {f"{i:02}": "" for i in range(81)}),
+        "long-header": safetensors([("a", "U8", [])], {"a": "x" * 4500}),
+        "same-place": safetensors([("a", "U8", [0]), ("b", "F32", [0, 1]), ("c", "U8", [1])]),
+        "index": b'{"weight_map":{"a":"b"}} ',
         "escapes": struct.pack("<Q", len(escaped)) + escaped + b"\0",
     }
 
@@ -205,6 +219,14 @@ def config_seeds() -> dict[str, bytes]:
         "rope-parameters": old | nested,
         "rope-scaling": CONFIG | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
         "qwen2": CONFIG | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
+        "bias": CONFIG | {"attention_bias": True},
+        "text-for-number": CONFIG | {"num_key_value_heads": "1"},
+        "nulls": CONFIG | {"attention_bias": None, "tie_word_embeddings": None, "mlp_bias": None},
+        "untied": {name: item for name, item in CONFIG.items() if name != "tie_word_embeddings"},
+        "words": CONFIG | {"hidden_act": "swish", "rope_scaling": {"rope_type": "none"}, "layer_types": ["linear", "chunked_attention"]},
+        "many-keys": CONFIG | {f"{i:02}": None for i in range(80)},
+        "many-in-array": CONFIG | {"array": [{f"{i:02}": None} for i in range(81)]},
+        "old-theta": CONFIG | {"rope_parameters": {"rope_theta": 5e5}},
         "quantised": CONFIG | {"quantization_config": {"bits": 4, "quant_method": "gptq", "modules": [[["a"], {}], -1.5e-3]}},
     }
     return {name: json.dumps(item, indent=1 if name == "llama" else None).encode() for name, item in variants.items()}
@@ -258,6 +280,13 @@ def apr(metadata: dict[str, Any], tensors: Iterable[tuple[str, list[int], int]],
     return image + struct.pack("<I", zlib.crc32(image))
 
 
+def counted(image: bytes, count: int) -> bytes:
+    """The APR with another number of tensors in its header."""
+    head = image[:8] + struct.pack("<I", count) + image[12:40]
+    image = head + struct.pack("<I", zlib.crc32(head + image[44:64])) + image[44:-4]
+    return image + struct.pack("<I", zlib.crc32(image))
+
+
 def gguf_spelled(name: str) -> str:
     """As writers that kept GGUF's names have it."""
     parts = {
@@ -304,6 +333,11 @@ def apr_seeds() -> dict[str, bytes]:
         "dtypes": apr({}, [(f"t{kind}", [2, 40], kind) for kind in (0, 1, 3, 4, 5, 6, 7, 8, 9, 12, 14, 30, 128, 129)]),
         "ranks": apr({}, [("eight", [1] * 8, 0), ("none", [0, 3], 1), ("scalar", [], 0)]),
         "empty": apr({}, []),
+        "many-tensors": apr({}, [(f"{i:02}", [], 6) for i in range(81)]),
+        "count-too-large": counted(apr({}, [(name, [1] * 8, 0) for name in "abcd"]), 15),
+        "long-metadata": apr({"a": "x" * 4500}, []),
+        "shard-negative": apr({"sharding": {"shard_count": -1}}, []),
+        "same-place": apr({}, [("a", [0], 0), ("b", [0], 0), ("c", [1], 0)]),
         "flags-0": apr({"architecture": "qwen2"}, two, flags=0),
         "shard": apr({"sharding": {"shard_count": 2, "shard_index": 1, "pattern": "m-{}.apr"}}, two),
         "shard-alone": apr({"sharding": {"shard_count": 1, "shard_index": 0, "pattern": None}}, two),
@@ -350,7 +384,26 @@ def folder_seeds() -> dict[str, bytes]:
         "split": folder(NAMES[5], halves),
         "apr": folder("m.apr", [("m.apr", REGULAR, model_apr("llama"))]),
         "trace": bytes([NAMES.index("m.bin") + 13 * 10]) + folder(".", [("m.bin", REGULAR, aprt_seeds()["basic"])])[1:],
-        "dots": folder(".", [(NAMES[2], REGULAR, b'{"weight_map":{"a":"..","b":"."}}')]),
+        **{
+            f"shard-named-{what}": folder(".", [(NAMES[2], REGULAR, json.dumps({"weight_map": {"a": name}}).encode())])
+            for what, name in (("dots", ".."), ("dot", "."), ("nul", "a\0b"), ("long", "x" * 256), ("nothing", ""))
+        },
+        "many-in-map": folder(".", [(NAMES[2], REGULAR, json.dumps({"weight_map": {f"{i:02}": "a" for i in range(81)}}).encode())]),
+        "many-in-shards": folder(
+            ".",
+            [
+                (NAMES[2], REGULAR, json.dumps({"weight_map": {"00": shards[0], "50": shards[1]}}).encode()),
+                (NAMES[3], REGULAR, safetensors([(f"{i:02}", "U8", []) for i in range(41)])),
+                (NAMES[4], REGULAR, safetensors([(f"{i:02}", "U8", []) for i in range(50, 91)])),
+            ],
+        ),
+        "split-uncounted": folder(
+            NAMES[5],
+            [
+                (NAMES[5], REGULAR, gguf([("split.no", U16, 0), ("split.count", U16, 2)], [("a", [4], 0)])),
+                (NAMES[6], REGULAR, gguf([("split.no", U16, 1), ("split.count", U16, 2)], [("b", [4], 0)])),
+            ],
+        ),
         "pipe": folder(".", [(NAMES[0], PIPE, b""), config]),
         "nothing": folder(".", [("m.bin", REGULAR, b"version https://git-lfs.github.com/spec/v1")]),
     }

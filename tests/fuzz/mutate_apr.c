@@ -218,6 +218,7 @@ static void apr_cross(mut_rng *r, apr_image *f) {
 
 static void apr_data(mut_rng *r, apr_image *f) {
     if (mut_chance(r, 50) && f->data_n) f->data[mut_below(r, f->data_n)] ^= (uint8_t)(1u << mut_below(r, 8));
+    else if (mut_chance(r, 20) && f->data_n) f->data_n--;
     else f->data_n = mut_chance(r, 50) ? mut_below(r, f->data_n + 1) : f->data_n + mut_below(r, 129);      /* apr_apart left room behind */
 }
 

@@ -337,7 +337,7 @@ static void gg_data(mut_rng *r, gg_file *f) {
     if (mut_chance(r, 50) && s.n) {
         static const uint8_t odd[] = { 0, 0xff, 0x7f, 0x80, 0x7c, 0x7e };
         for (int k = 0; k < 4; k++) ((uint8_t *)s.p)[mut_below(r, s.n)] = odd[mut_below(r, 6)];
-    } else if (mut_chance(r, 50)) s.n = mut_below(r, s.n + 1);
+    } else if (mut_chance(r, 50)) s.n = mut_chance(r, 40) && s.n ? s.n - 1 : mut_below(r, s.n + 1);
     else {
         uint8_t *q = mut_scratch(s.n + 64);
         if (!q) return;

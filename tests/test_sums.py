@@ -1,7 +1,7 @@
 """Floor 1, sums: the variance of adding in float32 and the bits of declared lanes, in C, against the same definitions in NumPy.
 
-The witness below shares no code with the core: partial sums by ``cumsum`` and ``diff``-free arithmetic on whole arrays, fused multiply-adds
-by repairing a double rounding, segments by matrix products.
+The witness below shares no code with the core: all partial sums at once by ``cumsum``, segments by matrix products, fused multiply-adds in
+float64 with the double rounding put right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from aprender.judge.rounding import MEAN_ROUNDING, fma32, variance
 Float = NDArray[np.float64]
 
 LENGTHS = (1, 15, 16, 17, 31, 33, 64, 100, 512, 3584)
-ORDERS = (Order(lanes=16), Order(lanes=1), Order(lanes=4), Order(lanes=64), Order(), *(Order(blocks=dict.fromkeys(LENGTHS, n)) for n in (1, 7, 32, 128, 192, 9999)))  # fmt: skip
+BLOCKS = (1, 7, 32, 128, 192, 9999)
+ORDERS = (*(Order(lanes=n) for n in (16, 1, 4, 64)), Order(), *(Order(blocks=dict.fromkeys(LENGTHS, n)) for n in BLOCKS))
+
 
 # ---- the witness -----------------------------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ def witness_estimate(x: Float, w: Float, order: Order) -> Float:
 
 
 def witness_bits(x: Float, w: Float, lanes: int) -> Float:
-    """Rows [P, K] by fused multiply-adds in lanes and a rounded tree: [P].  The last products go to the first lanes, the others get none."""
+    """Rows [P, K] by fused multiply-adds in lanes and a rounded tree: [P].  The last products go to the first lanes only."""
     acc = np.zeros((len(x), lanes))
     for at in range(0, x.shape[1], lanes):
         n = min(lanes, x.shape[1] - at)
@@ -126,7 +128,7 @@ def usual(k: int, mean: float, seed: int = 0, batch: int = 2, tokens: int = 3, c
 
 
 def wild(k: int, seed: int, count: int = 64) -> tuple[Float, Float]:
-    """Rows of float32 bits of every exponent, of few exponents (cancellation, ties), tiny ones (subnormal sums), and with NaN or infinity."""
+    """Rows of float32 bits of every exponent, of ties, of subnormal sums, of sums that cancel; some with NaN or infinity."""
     generator = np.random.default_rng([k, seed])
     bits = generator.integers(0, 1 << 32, (2, count, k), np.uint32)
     a = bits.view(np.float32).astype(np.float64)

@@ -1,5 +1,5 @@
 /*
-** sums.c: eight dot products side by side in the lanes of a vector, each of them added in its own order and by nobody else, so no bit depends on the number of
+** sums.c: four dot products side by side in the lanes of a vector, each of them added in its own order and by nobody else, so no bit depends on the number of
 ** threads or on the instruction set.  It owns the three loops that are too slow in NumPy and refuses whatever needs to know a model.  py/measure.c calls it.
 **
 ** Each fused multiply-add rounds the running sum S once: variance step(S)^2 / 12.  The exact form walks over all partial sums; the cheap one knows them at the
@@ -12,7 +12,7 @@
 #include "../base/threads.h"
 #include "../base/tiers.h"
 
-enum { SUMS_WIDE = 8, SUMS_CHUNK = 64 };
+enum { SUMS_WIDE = 4, SUMS_CHUNK = 64 };
 typedef double  sums_v __attribute__((vector_size(8 * SUMS_WIDE)));
 typedef int64_t sums_l __attribute__((vector_size(8 * SUMS_WIDE)));
 #define SUMS_INLINE static inline __attribute__((always_inline))
@@ -62,7 +62,7 @@ SUMS_INLINE void sums_products(const sums_rows *r, uint64_t first, int m, double
 
 /* One chain per lane, from 0, over products first .. end - 1. */
 SUMS_INLINE void sums_chains(const sums_rows *r, uint64_t first, uint64_t end, int lanes, sums_v *s, sums_v *squares, sums_v *twelve) {
-    _Alignas(64) double p[SUMS_CHUNK][SUMS_WIDE] = { { 0 } };
+    double p[SUMS_CHUNK][SUMS_WIDE] = { { 0 } };
     memset(s, 0, (size_t)lanes * sizeof *s);
     for (uint64_t at = first; at < end; at += SUMS_CHUNK) {                     /* a chunk holds every lane equally often */
         int m = end - at < SUMS_CHUNK ? (int)(end - at) : SUMS_CHUNK;

@@ -243,7 +243,7 @@ ROWS: tuple[FaultRow, ...] = (
     FaultRow(
         "zero-lm-head",
         "tying ignored, the head left at zero (GradientHQ/parallax#444)",
-        {"lm_head": ({"target": "weight", "weight": "output", "transform": "scaled", "factor": 0.0},)},
+        {"lm_head": ({"target": "weight", "weight": "output", "transform": "zero"},)},
         _each(("lm_head",), _weights("scaled", factor=0.0)),
         shape="SCALE",
     ),
@@ -322,7 +322,7 @@ ROWS: tuple[FaultRow, ...] = (
     FaultRow(
         "no-bias",
         "the bias of a projection is dropped (EricLBuehler/candle-vllm#167)",
-        _vectors(BIASES, "scaled", factor=0.0),
+        _vectors(BIASES, "zero"),
         _each(BIASES, {"of": "biases", "factor": 0.0}),
         shape="BIAS",
     ),

@@ -127,6 +127,7 @@ def _cut(axis: int) -> Callable[[Array, Edit, Sizes], Array]:
 TRANSFORMS: Mapping[str, Callable[[Array, Edit, Sizes], Array]] = {
     "same": lambda weight, edit, size: weight,
     "transposed": _reread_transposed,
+    "zero": lambda weight, edit, size: np.zeros_like(weight),
     "scaled": lambda weight, edit, size: weight * np.float32(edit["factor"]),
     "plus": lambda weight, edit, size: weight + np.float32(edit["value"]),
     "pairs": _as_pairs,

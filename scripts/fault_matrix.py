@@ -169,11 +169,13 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace, seconds: float) 
         for row in odd
         for site, what in row["exceptions"].items()
     )
+    judged = dict.fromkeys(f"{row['arch']} {row['format']} {row['mode']} seed {row['seed']}" for row in rows)
+    formats = list(dict.fromkeys(row["format"] for row in rows))
     text = (
         "# fault-matrix\n\nIs every fault of the catalogue named at the stage and layer where it was planted, and nothing else?\n\n"
         f"```\n$ python {' '.join(['scripts/fault_matrix.py', *sys.argv[1:]])}\n```\n\n{summary(rows)}\n\nJudged:"
-        f" {', '.join(dict.fromkeys(' '.join(map(str, (row['arch'], row['format'], row['mode'], 'seed', row['seed']))) for row in rows))}; {TOKENS} tokens; {seconds:.0f} s.\n\n"
-        f"Sites named, of those where a bit changes (of a control: what it must come to):\n\n{table(rows, [fmt for fmt in args.formats if any(row['format'] == fmt for row in rows)])}\n\n"
+        f" {', '.join(judged)}; {TOKENS} tokens; {seconds:.0f} s.\n\n"
+        f"Sites named, of those where a bit changes (of a control: what it must come to):\n\n{table(rows, formats)}\n\n"
         f"## Exceptions\n\n" + ("\n".join(listed) or "None.") + "\n"
     )
     (folder / "README.md").write_text(text)

@@ -1,13 +1,14 @@
 """Our own engine as a side: captures, weights as the file holds them, and greedy text.
 
 Owns the way from a model file to :class:`~aprender.captures.Captures`: chunks for long prompts and their joining, path attestation, and
-the application of edits.  An edit is plain data (a step field or a weight, and what becomes of it); this file applies edits and knows no
-fault.  Refuses backends that are not built in: there is no silent fallback.  Called by ``sides.open_side``, ``bisection`` and the
-commands.
+the application of edits.  An edit is plain data (a step field, a weight or a value, and what becomes of it; ``judge/faults.py`` lists the
+forms); this file applies edits and knows no fault.  Refuses backends that are not built in: there is no silent fallback.  Called by
+``sides.open_side``, ``bisection`` and the commands.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures
 from aprender.errors import ArgumentError, ConfigError, DeviceError, FormatError
-from aprender.manifest import Manifest, TensorNote
+from aprender.manifest import ALL, LAST, Manifest, TensorNote
 from aprender.stages import LOGITS, Key
 from aprender.text import Tokenizer, for_model
 
 Array = NDArray[np.float32]
 Edit = Mapping[str, Any]
+Sizes = Mapping[str, int | float]
 
 LARGEST_SCORES = 1 << 26
 """Values of one layer's attention scores in one piece; longer prompts are run in chunks, with the same bits."""
@@ -80,42 +82,170 @@ class Stored(Mapping[Key, tuple[str, NDArray[np.uint8]]]):
 # ---- edits ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _reread_transposed(weight: Array) -> Array:
+def _reread_transposed(weight: Array, edit: Edit, size: Sizes) -> Array:
     """The same bytes of a [out, in] matrix, read as if they were stored [in, out]."""
     rows, cols = weight.shape
     return np.ascontiguousarray(weight.reshape(cols, rows).T)
 
 
-TRANSFORMS: Mapping[str, Callable[[Array], Array]] = {
+def _as_pairs(weight: Array, edit: Edit, size: Sizes) -> Array:
+    """The rows of each group of ``size``: its two halves interleaved."""
+    rows = int(size[edit["size"]])
+    return weight.reshape(-1, 2, rows // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _one_block(weight: Array, edit: Edit, size: Sizes) -> Array:
+    """One block of 32 in the middle row: scaled."""
+    out, row, col = weight.copy(), len(weight) // 2, weight.shape[1] // 64 * 32
+    out[row, col : col + 32] *= np.float32(edit["factor"])
+    return out
+
+
+def _first_scale(weight: Array, edit: Edit, size: Sizes) -> Array:
+    """Every 32 columns rescaled so that their largest value is that of the first 32 of their 256."""
+    out = weight.copy()
+    for first in range(0, weight.shape[1], 256):
+        lead = np.abs(weight[:, first : first + 32]).max(axis=1, keepdims=True)
+        for col in range(first + 32, min(first + 256, weight.shape[1]), 32):
+            top = np.abs(weight[:, col : col + 32]).max(axis=1, keepdims=True)
+            out[:, col : col + 32] *= np.where(top > 0, lead / np.where(top > 0, top, 1), 1)
+    return out
+
+
+def _cut(axis: int) -> Callable[[Array, Edit, Sizes], Array]:
+    """Zero behind a share of the rows (0) or columns (1)."""
+
+    def cut(weight: Array, edit: Edit, size: Sizes) -> Array:
+        out = weight.copy()
+        end = int(weight.shape[axis] * edit["share"])
+        out[(slice(None),) * axis + (slice(end, None),)] = 0
+        return out
+
+    return cut
+
+
+TRANSFORMS: Mapping[str, Callable[[Array, Edit, Sizes], Array]] = {
+    "same": lambda weight, edit, size: weight,
     "transposed": _reread_transposed,
-    "zero": np.zeros_like,
+    "zero": lambda weight, edit, size: np.zeros_like(weight),
+    "scaled": lambda weight, edit, size: weight * np.float32(edit["factor"]),
+    "plus": lambda weight, edit, size: weight + np.float32(edit["value"]),
+    "pairs": _as_pairs,
+    "block": _one_block,
+    "first-scale": _first_scale,
+    "cut-columns": _cut(1),
+    "cut-rows": _cut(0),
 }
 """What an edit may do to a weight."""
 
 
+def _short(keep: int) -> Callable[[Array, Edit, Sizes, Array], Array]:
+    """Nearest values whose mantissa has ``keep`` bits after the leading one."""
+
+    def shortened(value: Array, edit: Edit, size: Sizes, table: Array) -> Array:
+        bits, drop = value.view(np.uint32), np.uint32(23 - keep)
+        half = (np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1) + (bits >> drop & np.uint32(1))
+        return ((bits + half) >> drop << drop).view(np.float32)
+
+    return shortened
+
+
+def _last_row_stale(value: Array, edit: Edit, size: Sizes, table: Array) -> Array:
+    """The last row is the one before it."""
+    return np.concatenate([value[:-1], value[-2:-1] if len(value) > 1 else value])
+
+
+def _head_lost(value: Array, edit: Edit, size: Sizes, table: Array) -> Array:
+    """One head's columns are zero."""
+    out, width = value.copy(), int(size["head"])
+    out[:, edit["head"] * width : (edit["head"] + 1) * width] = 0
+    return out
+
+
+def _not_a_number(value: Array, edit: Edit, size: Sizes, table: Array) -> Array:
+    """The first element of the last row is NaN."""
+    out = value.copy()
+    out[-1, 0] = np.nan
+    return out
+
+
+def _rotated(value: Array, edit: Edit, size: Sizes, table: Array) -> Array:
+    """The new rows of a cache, rotated by a table of cosines and sines."""
+    fresh, half = value[-len(table) :], table.shape[1] // 2
+    pairs = fresh.reshape(len(fresh), -1, 2, half)
+    cos, sin = table[:, None, :half], table[:, None, half:]
+    turned = np.stack([pairs[:, :, 0] * cos - pairs[:, :, 1] * sin, pairs[:, :, 1] * cos + pairs[:, :, 0] * sin], axis=2)
+    return np.concatenate([value[: -len(table)], turned.reshape(fresh.shape)])
+
+
+VALUES: Mapping[str, Callable[[Array, Edit, Sizes, Array], Array]] = {
+    "float16": lambda value, edit, size, table: value.astype(np.float16).astype(np.float32),
+    "bfloat16": _short(7),
+    "stale-row": _last_row_stale,
+    "first-row": lambda value, edit, size, table: np.repeat(value[:1], len(value), axis=0),
+    "lost-head": _head_lost,
+    "nan": _not_a_number,
+    "rotated": _rotated,
+}
+"""What an edit may do to the value of a stage."""
+
+
 def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, int | None, str, float]]:
-    """Edits of step fields as the core takes them; a factor multiplies the value that the plan holds."""
+    """Edits of step fields as the core takes them; a factor multiplies the value that the plan holds, an origin names a step."""
     out = []
-    for edit in (edit for edit in edits if edit["target"] == "step"):
+    for edit in (edit for edit in edits if edit["target"] in ("step", "input")):
         hit = [step for step in plan if step["stage"] == edit["stage"] and edit.get("layer") in (None, step["layer"])]
         if not hit:
             raise ArgumentError(f"the edit of {edit['stage']} in layer {edit.get('layer')} fits no step of this model", code="ARGUMENT")
         for step in hit:
-            value = edit["value"] if "value" in edit else step[edit["field"]] * edit["factor"]
+            if edit["target"] == "input":
+                value = _origin(edit["origin"], step["layer"], plan)
+            else:
+                value = edit["value"] if "value" in edit else step[edit["field"]] * edit["factor"]
             out.append((step["stage"], step["layer"], edit["field"], float(value)))
     return out
 
 
-def _weight_edits(edits: Sequence[Edit], weights: Weights) -> dict[Key, Array]:
-    """Edits of weights as arrays to put in their places."""
+def _origin(origin: Sequence[str], layer: int | None, plan: Sequence[Mapping[str, Any]]) -> int:
+    """The step that a stage of the layer is (``out``), or that it reads (``a``, ``b``)."""
+    stage, which = origin
+    for place, step in enumerate(plan):
+        if (step["stage"], step["layer"]) == (stage, layer):
+            return place if which == "out" else int(step[which])
+    raise ArgumentError(f"this model has no {stage} in layer {layer} to read from", code="ARGUMENT")
+
+
+def _weight_edits(edits: Sequence[Edit], weights: Weights, size: Sizes) -> dict[Key, Array]:
+    """Edits of weights as arrays to put in their places; an origin is read as the file holds it."""
     out: dict[Key, Array] = {}
     for edit in (edit for edit in edits if edit["target"] == "weight"):
         keys = [key for key in weights if key[0] == edit["weight"] and edit.get("layer") in (None, key[1])]
         if not keys:
             raise ArgumentError(f"the edit of {edit['weight']} in layer {edit.get('layer')} fits no weight of this model", code="ARGUMENT")
         for key in keys:
-            out[key] = TRANSFORMS[edit["transform"]](out.get(key, weights[key]))
+            source = (
+                out[key] if key in out and "origin" not in edit else weights[edit.get("origin", key[0]), edit.get("origin_layer", key[1])]
+            )
+            out[key] = np.ascontiguousarray(TRANSFORMS[edit["transform"]](source, edit, size), np.float32)
     return out
+
+
+def _handed_out(
+    edits: Sequence[Edit], arrays: dict[Key, Array], notes: dict[Key, TensorNote]
+) -> tuple[dict[Key, Array], dict[Key, TensorNote]]:
+    """Edits of what is shown: another stage instead, or the last token only, said or not."""
+    arrays, notes = dict(arrays), dict(notes)
+    for edit in edits:
+        key = edit["stage"], edit["layer"]
+        if edit["target"] != "capture" or key not in arrays:
+            continue
+        if edit["transform"] == "instead":
+            arrays[key] = arrays[edit["origin"], edit["layer"]]
+            notes[key] = dataclasses.replace(notes[key], capture_point=edit["point"])
+        else:
+            arrays[key] = arrays[key][-1:]
+            notes[key] = dataclasses.replace(notes[key], shape=arrays[key].shape, positions=LAST if edit.get("said") else ALL)
+    return arrays, notes
 
 
 # ---- the side ------------------------------------------------------------------------------------------------------------------------
@@ -135,8 +265,9 @@ class OwnSide:
     tier : str, optional
         A row of ``_core.TIERS``; the best one if not given (or ``APRENDER_TIER``).
     edits : sequence of mapping
-        ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}`` or
-        ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}``.
+        ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}``,
+        ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}`` and the others that
+        ``judge/faults.py`` lists.
     spelling : str, optional
         How the user wrote it.
     """
@@ -162,11 +293,31 @@ class OwnSide:
         self.weights = Weights(self.model)
         self._options: dict[str, Any] = {"threads": threads or _threads_from_environment(), "tier": tier or os.environ.get("APRENDER_TIER")}
         self._edits = _step_edits(edits, _core.Run(self.model).plan()) if edits else []
-        self._overrides = _weight_edits(edits, self.weights)
+        self._overrides = _weight_edits(edits, self.weights, self.model.hparams)
+        self._shown = [edit for edit in edits if edit["target"] in ("capture", "positions")]
+        self._values = sorted((e for e in edits if e["target"] == "value"), key=lambda e: stages.order((e["stage"], e["layer"])))
+        self._piece = min((int(edit["value"]) for edit in edits if edit["target"] == "pieces"), default=0)
 
     def run(self) -> _core.Run:
         """A fresh timeline of the model, with the edits applied."""
         return _core.Run(self.model, **self._options, edits=self._edits, overrides=self._overrides)
+
+    def forward(self, run: _core.Run, ids: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
+        """The next tokens of a timeline: what is kept, with the edits of values put in before anything reads them."""
+        feed: dict[Key, Array] = {}
+        for edit in self._values:
+            if edit.get("when") == "decode" and run.position == 0:
+                continue
+            key, table = (edit["stage"], edit["layer"]), (edit.get("by", edit["stage"]), None if "by" in edit else edit["layer"])
+            made = run.replay(ids, list({key, table}), feed)
+            feed[key] = np.ascontiguousarray(VALUES[edit["transform"]](made[key], edit, self.model.hparams, made[table]))
+        return run.forward(ids, keep, feed)
+
+    def pieces(self, tokens: int) -> list[tuple[int, int]]:
+        """How a prompt of so many tokens is cut: first and last token of each piece."""
+        if self._piece:
+            return [(first, min(first + self._piece, tokens)) for first in range(0, tokens, self._piece)]
+        return list(_chunks(tokens, int(self.model.hparams["heads"])))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -213,13 +364,18 @@ class OwnSide:
         arrays, tier = self._traced(ids, wanted, progress)
         last = arrays.get(LOGITS)
         attested = None if last is None else bool(np.array_equal(last, self.logits(ids), equal_nan=True))
-        return Captures(arrays, self._manifest(ids, tier, attested, arrays))
+        manifest = self._manifest(ids, tier, attested, arrays)
+        if self._shown:
+            arrays, notes = _handed_out(self._shown, arrays, manifest.tensors)
+            start = sum(int(edit["value"]) for edit in self._shown if edit["target"] == "positions")
+            manifest = dataclasses.replace(manifest, tensors=notes, positions=tuple(range(start, start + len(ids))))
+        return Captures(arrays, manifest)
 
     def _traced(self, ids: Sequence[int], wanted: Sequence[Key], progress: Callable[[float], None] | None) -> tuple[dict[Key, Array], str]:
         run = self.run()
         pieces = []
-        for first, last in _chunks(len(ids), int(self.model.hparams["heads"])):
-            pieces.append(run.forward(ids[first:last], wanted))
+        for first, last in self.pieces(len(ids)):
+            pieces.append(self.forward(run, ids[first:last], wanted))
             if progress:
                 progress(last / len(ids))
         if not pieces:
@@ -249,7 +405,7 @@ class OwnSide:
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
         run = self.run()
-        parts = [run.forward(ids[first:last], [LOGITS])[LOGITS] for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))]
+        parts = [self.forward(run, ids[first:last], [LOGITS])[LOGITS] for first, last in self.pieces(len(ids))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:
@@ -267,8 +423,8 @@ class OwnSide:
         stop = self._stop()
         run = self.run()
         last: Array | None = None
-        for first, end in _chunks(len(ids), int(self.model.hparams["heads"])):
-            last = run.forward(ids[first:end], [LOGITS])[LOGITS]
+        for first, end in self.pieces(len(ids)):
+            last = self.forward(run, ids[first:end], [LOGITS])[LOGITS]
         out: list[int] = []
         while last is not None and len(out) < n:
             token = int(np.argmax(last[-1]))
@@ -278,7 +434,7 @@ class OwnSide:
             if on_token:
                 on_token(token)
             if len(out) < n:
-                last = run.forward([token], [LOGITS])[LOGITS]
+                last = self.forward(run, [token], [LOGITS])[LOGITS]
         return out
 
     def _stop(self) -> frozenset[int]:

@@ -347,7 +347,7 @@ def _one_block(case: Case) -> Iterator[Variant]:
     part = int(np.searchsorted(ends, column, side="right")) - 1
     w = np.asarray(case.at.weights[part], np.float64)
     row, x = w[column - ends[part]], case.inputs[0].value
-    v = np.where(right.variance[:, column] > 0, right.variance[:, column], 1.0)
+    v = _noise(right, case.captured)[:, column]
     for size in (256, 32, 16, 1):
         if len(row) % size or size == len(row):
             continue
@@ -379,6 +379,12 @@ def _scaled_block(case: Case, part: int, row: int, columns: slice, a: float, nor
     return recipe
 
 
+def _noise(right: Prediction, captured: Float) -> Float:
+    """Variance to weigh a fit with: a wrong value is rounded at its own size, which may be larger than that of the right one."""
+    floor = np.square(FLOOR * captured) + np.finfo(float).tiny
+    return np.maximum(np.maximum(right.variance, variance(captured, right.format)), floor)
+
+
 def _unsure(made: Prediction, more: Float) -> Prediction:
     """A prediction with a fitted number in it: no bits are known, and the error of the fit is noise."""
     return dataclasses.replace(made, sigma2=made.sigma2 + more, variance=made.variance + more, certain=False, expected=None)
@@ -389,7 +395,7 @@ def _unsure(made: Prediction, more: Float) -> Prediction:
 
 def _scaled_table(case: Case) -> Iterator[Variant]:
     root = math.sqrt(float(case.at.hparams["dim"]))
-    for text, factor in (("", root), (" (rounded first)", float(to_format(np.array(root), case.at.profile.activations)))):
+    for text, factor in (("", root), (" (rounded first)", float(to_format(np.array([root]), case.at.profile.activations)[0]))):
 
         def recipe(at: Setting, inputs: Sequence[Operand], factor: float = factor) -> Prediction:
             made = case.recipe(at, inputs)
@@ -648,9 +654,9 @@ CANDIDATES: tuple[Candidate, ...] = (
     _row("norm-plus-one", "RMSNORM", _norm_weight(lambda w: 1.0 + w, "the weight is 1 + w")),
     _row("no-norm-weight", "RMSNORM", _norm_weight(np.ones_like, "the weight is missing")),
     _row("rope-pairs", "ROPE", _pairs),
+    _row("no-rope", "ROPE", _not_rotated),
     _row("rope-theta", "ROPE_TABLE ROPE", _thetas),
     _row("rope-position", "ROPE_TABLE ROPE", _positions),
-    _row("no-rope", "ROPE", _not_rotated),
     _row("gqa-tile", "SCORES MIX", _tiled),
     _row("scale", "SCORES", _scales),
     _row("mask", "SCORES SOFTMAX", _masks, together=True),
@@ -744,11 +750,18 @@ class _Search:
             return None
         made = made if more is None else _unsure(made, more)
         found = measure(self.captured, made, self.gates, self.band)
-        if found.reasons or found.n < self.found.n:
+        if found.reasons or found.n < self._spoken(made):
             return None
         if not measure(self.right.bits(), made, self.gates, self.band).reasons:
             return None  # too vague to differ from no fault at all
         return _Trial(slug, detail, made, found, tuple(changes), more is not None)
+
+    def _spoken(self, made: Prediction) -> int:
+        """Elements that a prediction must have a value for: those that it does not leave out (a row without keys), half at least."""
+        used = np.isfinite(self.captured) & np.isfinite(self.right.plain)
+        used &= True if self.right.compared is None else self.right.compared
+        spoken = used if made.compared is None else used & made.compared
+        return max(int(np.count_nonzero(spoken)), int(np.count_nonzero(used)) // 2, 1)
 
     def run(self, budget: float) -> list[_Trial]:
         """All candidates that leave only dust, the best first; one of each kind."""
@@ -793,8 +806,7 @@ class _Search:
 
         used = np.isfinite(self.captured) & np.isfinite(self.right.plain)
         used &= True if self.right.compared is None else self.right.compared
-        floor = np.square(FLOOR * np.abs(self.captured)) + np.finfo(float).tiny
-        weight = np.where(used, 1.0 / np.maximum(np.where(used, self.right.variance, 1.0), np.where(used, floor, 1.0)), 0.0)
+        weight = np.where(used, 1.0 / np.where(used, _noise(self.right, self.captured), 1.0), 0.0)
         few = weight.copy()
         few[(slice(None), slice(WITHIN, None)) if few.ndim == 3 else slice(WITHIN, None)] = 0.0
 

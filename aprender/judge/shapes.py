@@ -23,6 +23,9 @@ RIGHT = 4.0
 """Largest rms z of a line that counts as right: well above the gates of a clean line, far below any error that can be seen."""
 
 LARGEST_Z = 1e9
+STRONG = frozenset({"SCALE", "ROWSCALE", "BIAS", "CHAOS", "PERM"})
+"""Codes that describe the whole of a residual."""
+
 PERIODS = (16, 32, 256)
 """Lengths of the blocks that number formats and kernels work in."""
 
@@ -92,7 +95,25 @@ def shapes(residual: Residual) -> tuple[Shape, ...]:
     found += _whole(got, due, error)
     found += _lines(z, finite, r.group)
     found += _sorted(got, due, r.variance)
+    if not any(shape.code in STRONG for shape in found):
+        found += _function(error[finite], due[finite], got[finite])
     return tuple(found)
+
+
+def _function(error: Float, due: Float, got: Float) -> Iterator[Shape]:
+    """FUNC and, of everything, DIFF: what is said where nothing sharper holds.
+
+    The residual is a function of the value that is due if it changes little from one value to the next (von Neumann's ratio, 1 by chance).
+    """
+    order = np.argsort(due)
+    spread = float(np.square(error - error.mean()).sum())
+    ratio = float(np.square(np.diff(error[order])).sum()) / (2 * spread) if spread else 1.0
+    if len(error) >= 32 and ratio < 0.05:
+        yield Shape("FUNC", ratio, "the residual is a function of each value by itself")
+    size, norm = float(np.linalg.norm(due)), float(np.linalg.norm(got))
+    if size and norm:
+        apart, cosine = float(np.linalg.norm(error)) / size, float(got @ due) / (size * norm)
+        yield Shape("DIFF", apart, f"relative L2 {apart:.2g}, cosine {cosine:.6f}, norm ratio {norm / size:.6f}")
 
 
 def _whole(got: Float, due: Float, error: Float) -> Iterator[Shape]:

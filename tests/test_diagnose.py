@@ -34,6 +34,13 @@ POSITIONS = np.arange(len(IDS))
 SEEN = np.tril(np.ones((len(IDS), len(IDS)), bool))
 F32 = np.float32
 
+
+@pytest.fixture(autouse=True)
+def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is what is found, on however slow a machine."""
+    monkeypatch.setattr(verdict, "BUDGET", 300.0)
+
+
 # ---- the catalogue, planted in our own engine ------------------------------------------------------------------------------------------
 
 
@@ -215,7 +222,7 @@ def found_in(bug: Bug, stage: str, value: Any) -> Diagnosis:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_faults_of_another_engine(fmt: str) -> None:
-    """40 bugs: at least 37 by name, the others unknown, none by a wrong name."""
+    """40 bugs: each by name, or at worst two of them unknown; none by a wrong name."""
     bug, unnamed = Bug(fmt), []
     for i, (kind, stage, make) in enumerate(BUGS):
         found = found_in(bug, stage, make(bug))
@@ -227,7 +234,7 @@ def test_faults_of_another_engine(fmt: str) -> None:
             assert found.kind == kind, (i, stage, found.sentence)
             assert found.alpha is None or found.alpha == pytest.approx(1.0, abs=0.1)
     print("unknown:", unnamed)
-    assert len(unnamed) <= 3
+    assert len(unnamed) <= 2
 
 
 def _int8(b: Bug) -> Any:

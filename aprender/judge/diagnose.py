@@ -36,8 +36,8 @@ from aprender.stages import Key
 
 UNKNOWN = "unknown"
 
-BUDGET = 3.0
-"""Seconds after which no further candidate is begun at a stage; the diagnosis then says that some were not tried."""
+BUDGET = 4.0
+"""Seconds of one thread after which no further candidate is begun in a run; the diagnosis then says that some were not tried."""
 
 WITHIN = 8
 """Rows that a coarse search looks at: near the start angles do not wrap."""
@@ -117,12 +117,15 @@ class Parameter:
         A case to the positive values from which the fit may start.
     change : callable
         A case and a value to a changed recipe.
+    unit : callable
+        A case to the size in which people write the number.
     """
 
     slug: str
     ops: frozenset[str]
     starts: Callable[[Case], Iterable[float]]
     change: Callable[[Case, float], Recipe]
+    unit: Callable[[Case], float] = lambda case: 1.0
 
 
 @dataclass(frozen=True)
@@ -628,9 +631,9 @@ def _not_finite(case: Case) -> Iterator[Variant]:
         return
 
     def recipe(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-        made = case.recipe(at, inputs)
-        seen = np.ones(made.pre.shape, bool) if made.compared is None else made.compared
-        return dataclasses.replace(made, compared=seen & ~lost)
+        made, captured = case.recipe(at, inputs), np.asarray(case.captured)
+        bits, pre, plain = (np.where(lost, captured, a) for a in (made.bits(), made.pre, made.plain))
+        return dataclasses.replace(made, pre=pre, plain=plain, expected=None if made.expected is None else bits)
 
     yield f"{np.count_nonzero(lost)} values are not finite, the others are right", recipe
 
@@ -675,7 +678,9 @@ CANDIDATES: tuple[Candidate, ...] = (
 FITTED: tuple[Parameter, ...] = (
     Parameter("eps", frozenset({"RMSNORM"}), lambda case: np.logspace(-12, 0, 13), lambda case, p: _hparams(case, eps=p)),
     Parameter("rope-theta", frozenset({"ROPE_TABLE", "ROPE"}), lambda case: np.logspace(2, 8, 121), _theta),
-    Parameter("scale", frozenset({"SCORES"}), lambda case: np.logspace(-3, 1, 9), _scaled),
+    Parameter(
+        "scale", frozenset({"SCORES"}), lambda case: np.logspace(-3, 1, 9), _scaled, lambda case: float(case.at.hparams["head"]) ** -0.5
+    ),
 )
 """Faults with one number that is fitted."""
 
@@ -765,17 +770,17 @@ class _Search:
 
     def run(self, budget: float) -> list[_Trial]:
         """All candidates that leave only dust, the best first; one of each kind."""
-        end = time.monotonic() + budget
+        end = time.thread_time() + budget
         confirmed: dict[str, _Trial] = {}
         for slug, detail, changes in self._variants():
-            if time.monotonic() > end:
+            if time.thread_time() > end:
                 self.complete = False
                 break
             self._keep(confirmed, self.trial(slug, detail, changes))
         for row in FITTED:
             for case in self.cases:
                 if case.op in row.ops and row.slug not in confirmed:
-                    if time.monotonic() > end:
+                    if time.thread_time() > end:
                         self.complete = False
                         break
                     self._keep(confirmed, self._fit(row, case))
@@ -824,9 +829,23 @@ class _Search:
             log += max(-0.5, min(0.5, move))
             if abs(move) < 1e-3 / math.sqrt(norm):
                 break
-        spread = np.where(used, slope**2 / norm, 0.0)
-        text = f"{row.slug} is {math.exp(log):.6g} ± {math.exp(log) / math.sqrt(norm):.1g} (fitted)"
-        return self.trial(row.slug, text, {case.key: row.change(case, math.exp(log))}, spread)
+        value, sigma = math.exp(log), math.exp(log) / math.sqrt(norm)
+        for nice in _written(value, sigma, row.unit(case)):
+            found = self.trial(row.slug, f"{row.slug} is {nice:.8g}", {case.key: row.change(case, nice)})
+            if found is not None:
+                return found
+        text = f"{row.slug} is {value:.8g} ± {sigma:.1g} (fitted)"
+        return self.trial(row.slug, text, {case.key: row.change(case, value)}, np.where(used, slope**2 / norm, 0.0))
+
+
+def _written(value: float, sigma: float, unit: float) -> Iterator[float]:
+    """Numbers that people write, as near to a fit as its error: what an engine has in its source, or a multiple of the usual value."""
+    for size in dict.fromkeys((1.0, unit)):
+        for digits in range(1, 6):
+            nice = float(f"{value / size:.{digits - 1}e}") * size
+            if abs(nice - value) < 4 * sigma:
+                yield nice
+                break
 
 
 def _alpha(captured: Float, right: Prediction, made: Prediction) -> tuple[float, float] | tuple[None, None]:

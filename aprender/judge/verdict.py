@@ -11,6 +11,7 @@ reason.  A local test accuses; a free difference only shows.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from aprender import stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.errors import NotComparable
-from aprender.judge.diagnose import UNKNOWN, Diagnosis, diagnose
+from aprender.judge.diagnose import BUDGET, UNKNOWN, Diagnosis, diagnose
 from aprender.judge.measure import Group, Measure, group_count, measure
 from aprender.judge.metrics import Distance
 from aprender.judge.replay import Replay, Unlike, Unmeasured, ancestors
@@ -132,7 +133,9 @@ def local(captures: Captures, model: ModelData | None, profile: Profile, rule: R
 def _diagnosed(results: list[StageResult], replay: Replay, gates: Gates, band: float) -> list[StageResult]:
     """The first wrong stages with the kind of their fault."""
     first = [r.key for r in results if r.state == WRONG][:DIAGNOSED]
-    return [dataclasses.replace(r, diagnosis=diagnose(replay, r.key, gates, band)) if r.key in first else r for r in results]
+    end = time.thread_time() + BUDGET
+    found = {key: diagnose(replay, key, gates, band, end - time.thread_time()) for key in first}
+    return [dataclasses.replace(r, diagnosis=found.get(r.key)) for r in results]
 
 
 def _gates(replay: Replay, rule: Rule) -> Gates:

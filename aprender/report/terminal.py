@@ -177,6 +177,9 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
         sides.append(("reference", _side_text(data["reference"])))
     if report.prompt is not None:
         sides.append(("prompt", f"{report.prompt!r} ({len(data['tokens'])} tokens)"))
+    first = report.first
+    if first is not None and first.diagnosis is not None:
+        head.append("\n" + first.diagnosis.sentence, style="not bold")
     parts: list[RenderableType] = [head, Text(), _labelled(sides), Text()]
     if data["stages"]:
         parts += [stage_table(data["stages"], verbose), Text()]

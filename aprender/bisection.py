@@ -18,9 +18,9 @@ import aprender
 from aprender import arithmetic, sides, stages
 from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
-from aprender.judge import faults, metrics, witness
+from aprender.judge import faults, loaded, metrics, witness
 from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide, local
-from aprender.references import WitnessSide, candidates, recorded, weights_of
+from aprender.references import WitnessSide, candidates, file_of, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
@@ -311,8 +311,41 @@ def _judge(
         progress(0.3 + 0.3 * len(parties))
     cost = _quantization(models["subject"], models["reference"], ids)
     judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    judged = _files_first(judged, {"subject": (subject, left), "reference": (reference, right)}, models, notes)
     notes += _remarks(judged, models, left, right)
     return judged, left, right, notes
+
+
+def _files_first(
+    judged: Verdict, sides: Mapping[str, tuple[Any, Captures]], models: Mapping[str, witness.ModelData | None], notes: list[str]
+) -> Verdict:
+    """What a side holds against its file, then file against file: either leads the verdict, whatever the stages say."""
+    for name, (side, captures) in sides.items():
+        held = models[name]
+        try:
+            file = file_of(side)
+        except Error as problem:
+            notes.append(f"what {side.spelling} loaded was not held against its file: {problem}")
+            continue
+        cast = side.profile.activations if side.profile else arithmetic.F32
+        against = file or held
+        found = loaded.against_file(held if file else None, captures.manifest.hparams, against, cast) if against else []
+        if found:
+            return judged.led_by(loaded.LOADED, loaded.loaded_sentence(name, side.spelling, found, judged.sentence))
+    mine, other = (models[name] or _told(captures) for name, (_, captures) in sides.items())
+    found = loaded.between_files(mine, other) if mine and other else []
+    if found:
+        return judged.led_by(
+            loaded.FILES_DIFFER,
+            loaded.files_sentence(judged.subject.spelling, judged.reference.spelling, found, judged.sentence),
+        )
+    return judged
+
+
+def _told(captures: Captures) -> witness.ModelData | None:
+    """A model whose weights nobody has, as far as the manifest describes it."""
+    m = captures.manifest
+    return witness.ModelData(m.arch, m.flags, m.hparams, {}) if m.arch and m.hparams else None
 
 
 def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids: Sequence[int]) -> dict[Key, float]:

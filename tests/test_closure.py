@@ -1,6 +1,6 @@
 """Closure: free runs of clean engines are explained, of every arithmetic; what a local test cannot see is ``unexplained``.
 
-Truth: ``hf_like`` rounds as eager transformers does and shares nothing with the judge; the recordings of the canary were made by transformers.
+Truth: ``hf_like`` rounds as eager transformers does and shares nothing with the judge; transformers itself made the canary's recordings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import CANARY, PROMPT
+from conftest import CANARY, PROMPT, write_folder
 from hf_like import FORMATS, Plant, capture, model
 
 import aprender
@@ -71,19 +71,21 @@ def test_clean_models_close(fmt: str) -> None:
             assert [row.key for row in rows if not row.holds] == []
             worst = max(worst, *(row.leftover / row.limit for row in rows if row.limit))
             ratios += [row.leftover / row.noise for row in rows if row.noise and row.freedom > 20]
-    print(
-        f"{fmt}: worst leftover / limit {worst:.2f}; leftover / noise {min(ratios):.2f} to {max(ratios):.2f}, median {np.median(ratios):.2f}"
-    )
+    middle = float(np.median(ratios))
+    print(f"{fmt}: worst leftover / limit {worst:.2f}; leftover / noise {min(ratios):.2f} to {max(ratios):.2f}, median {middle:.2f}")
     if fmt != "f32":  # the order of addition is unknown there: the envelope
-        assert 0.5 < min(ratios)
+        assert min(ratios) > 0.5
         assert max(ratios) < 1.5
-        assert 0.8 < float(np.median(ratios)) < 1.15
+        assert 0.8 < middle < 1.15
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES, ids=str)
 def test_our_own_engine_closes(shape: tiny.Shape, tmp_path: Path) -> None:
-    for formats in ("F32", "Q8_0"):
-        side = OwnSide(tiny.save_gguf(shape, tmp_path / f"{formats}.gguf", formats))
+    paths = [write_folder(tmp_path / "model", shape)]
+    if not shape.attention_bias:  # llama.cpp's container has no place for those of the output projection
+        paths.append(tiny.save_gguf(shape, tmp_path / "model.gguf", "Q8_0"))
+    for path in paths:
+        side = OwnSide(path)
         rows = rows_of(side.capture(ids_of(1)), witness.ModelData(**side.model_data()), "exact")
         assert [row.key for row in rows if not row.holds] == []
         assert 0.5 < float(np.median([row.leftover / row.noise for row in rows if row.noise])) < 1.5
@@ -133,10 +135,8 @@ def test_what_is_wrong_is_not_also_unexplained() -> None:
     data = model(tiny.Shape("qwen2"), 3)
     made = judged(capture(data, ids_of(0), "f16", scaled(("ffn_silu", 1), 1.3)), data, "hf-f16")
     assert made.finding == "operation"
-    assert {row.state for row in made.rows if stages.order((row.stage, row.layer)) > stages.order(("ffn_silu", 1))} == {
-        "inherited",
-        "unmeasured",
-    } - ({"unmeasured"} if not any(row.state == "unmeasured" and row.layer == 1 for row in made.rows) else set())
+    after = {row.state for row in made.rows if stages.order((row.stage, row.layer)) > stages.order(("ffn_silu", 1))}
+    assert after == {"inherited"}
 
 
 def test_power() -> None:

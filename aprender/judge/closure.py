@@ -13,14 +13,16 @@ them apart is sharper than testing their sum, and it says which side.
 
 **The prediction** uses nothing that the side captured.  The recipes of the side's arithmetic are evaluated on the witness's own values: per
 stage the variance of (captured - plain) with all inputs given, plus the square of (plain - witness), which is what emulated roundings
-(8-bit activations, a float32 angle) do.  A Gaussian of that size is added to the stage in a float64 forward pass on the same weights and
-goes on through all that follows; a factor that a row shares is drawn once per row.  The differences n_1 ... n_m of such passes from the
+(a float32 angle) do.  A Gaussian of that size is added to the stage in a float64 forward pass on the same weights and goes on through all
+that follows; a factor that a row shares is drawn once per row.  Activations that are rounded to the format of the weights that read them
+are rounded so on each pass: one error for all readers.  The differences n_1 ... n_m of such passes from the
 undisturbed one are draws of the free noise: its expected square is tr C, estimated by the mean of |n_i|^2, C being its covariance.
 
 **The limit**: |n|^2 is a sum of squares over C's eigenvalues, distributed nearly as (tr C / v) chi2_v with v = (tr C)^2 / tr C^2 degrees of
 freedom (Satterthwaite); tr C^2 is estimated without bias by the mean of <n_i, n_j>^2 over pairs.  The tail bound of the rule for groups
 (``judge.rule``) with v in place of n then gives a limit for all stages of a run at its false-alarm probability, and the profile's band is
-the margin for the variance model, as everywhere.  Where rounding errors sit in the inputs of a product, which all its outputs share, v
+the margin for the variance model, as everywhere.  Moments are taken about zero: roundings that all passes share, 8-bit activations that
+noise has not yet pushed over a step, are one direction of C, so v is near 1 there and the limit wide, where the truth is sharper.  Where rounding errors sit in the inputs of a product, which all its outputs share, v
 counts tokens at most.  No number is fitted.
 """
 
@@ -33,10 +35,10 @@ from itertools import combinations
 
 import numpy as np
 
-from aprender import stages
+from aprender import _core, stages
 from aprender.arithmetic import Profile, profile
 from aprender.captures import Captures
-from aprender.judge import witness
+from aprender.judge import ggml, witness
 from aprender.judge.noise import FUSED
 from aprender.judge.prediction import Prediction
 from aprender.judge.replay import Replay, Sample, Unlike, Unmeasured
@@ -47,8 +49,8 @@ from aprender.stages import Key
 
 UNEXPLAINED = "unexplained"
 
-DRAWS = 8
-"""Passes with noise: 28 pairs for tr C^2, whose error only moves the limit where few degrees of freedom make it wide anyway."""
+DRAWS = 6
+"""Passes with noise: 15 pairs for tr C^2, whose error only moves the limit where few degrees of freedom make it wide anyway."""
 
 DUST = 2.0**-40
 """Relative size below which a leftover is the witness's own float64 rounding."""
@@ -174,6 +176,10 @@ class _Noise:
         m, self._own, self._free = own.sample, own, free
         twin = Sample(free, m.tokens, m.positions, m.keys)  # type: ignore[arg-type]  # float64 here: a witness's values
         self._replay = Replay(twin, own.profile, own.hparams, own.flags, own.weights, own.stored)
+        self._readers: dict[Key, list[Key]] = {}
+        for reader, sources in own.wires.items():
+            for source in sources:
+                self._readers.setdefault(source.key, []).append(reader)
         self._made: dict[Key, tuple[Float, Prediction] | None] = {}
         # the product before a fused bias does not exist on such a side: its rounding would be counted twice
         fused = (key for key in own.wires if own.profile.fused_bias and stages.stage(key[0]).op in FUSED)
@@ -189,11 +195,12 @@ class _Noise:
 
     def drawn(self, model: ModelData, ids: Sequence[int]) -> Iterator[tuple[Key, list[Float]]]:
         """Draws of the free noise of each stage, in execution order; the passes go in step, so that one layer of each is held."""
-        passes = [witness.steps(model, ids, _Draw(self, np.random.default_rng(seed))) for seed in range(DRAWS)]
+        draws = [_Draw(self, np.random.default_rng(seed)) for seed in range(DRAWS)]
+        passes = [witness.steps(model, ids, draw) for draw in draws]
         with np.errstate(invalid="ignore", over="ignore"):
             for together in zip(*passes, strict=True):
                 key = together[0][0]
-                yield key, [value - self._free[key] for _, value in together]
+                yield key, [draw.shown.pop(key) - self._free[key] for draw in draws]
 
     def _at(self, key: Key) -> tuple[Float, Prediction] | None:
         """Standard deviation per element, and the prediction; None where nothing is declared."""
@@ -202,11 +209,33 @@ class _Noise:
             try:
                 with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
                     made, _ = self._replay.predict(key, captured=None if table is None else np.asarray(table, np.float64))
-                    left = made.variance + np.square(made.plain - self._free[key])
+                    left = made.variance + (0.0 if self._rounds_inputs(key) else np.square(made.plain - self._free[key]))
                 self._made[key] = np.sqrt(np.where(np.isfinite(left), left, 0.0)), made
             except (Unmeasured, Unlike):
                 self._made[key] = None
         return self._made[key]
+
+    def _rounds_inputs(self, key: Key) -> bool:
+        """Whether the stage's activations are rounded to the format of its weights."""
+        row = stages.stage(key[0])
+        return self._own.profile.ggml is not None and row.op in ggml.BY_FORMAT and row.weight is not None
+
+    def _rule_of(self, key: Key) -> str | None:
+        """The number format by whose rule the first reader of a stage rounds it."""
+        reader = next((other for other in self._readers.get(key, ()) if self._rounds_inputs(other)), None)
+        if reader is None:
+            return None
+        group = stages.stage(reader[0]).weight
+        names = (row[0] for row in _core.WEIGHTS if row[1] == group)
+        found = next((self._own.stored[name, reader[1]][0] for name in names if (name, reader[1]) in self._own.stored), None)
+        return found if found in ggml.RULES else None
+
+    def read(self, key: Key, value: Float) -> Float:
+        """A stage's value as its readers multiply it."""
+        rule, how = self._rule_of(key), self._own.profile.ggml
+        if rule is None or how is None:
+            return value
+        return np.asarray(ggml.RULES[rule](value.astype(np.float32), how).value, np.float64)
 
     def disturbed(self, key: Key, value: Float, generator: np.random.Generator) -> Float:
         """A value with noise of the stage's size."""
@@ -222,13 +251,15 @@ class _Noise:
 
 
 class _Draw:
-    """One pass's noise."""
+    """One pass's noise; ``shown`` is what the side would show of the stages passed, before its readers round it."""
 
     def __init__(self, noise: _Noise, generator: np.random.Generator) -> None:
         self._noise, self._generator = noise, generator
+        self.shown: dict[Key, Float] = {}
 
     def __call__(self, key: Key, value: Float) -> Float:
-        return self._noise.disturbed(key, value, self._generator)
+        self.shown[key] = self._noise.disturbed(key, value, self._generator)
+        return self._noise.read(key, self.shown[key])
 
 
 # ---- the parts of a difference ---------------------------------------------------------------------------------------------------------

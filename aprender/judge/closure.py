@@ -22,8 +22,8 @@ undisturbed one are draws of the free noise: its expected square is tr C, estima
 freedom (Satterthwaite); tr C^2 is estimated without bias by the mean of <n_i, n_j>^2 over pairs.  The tail bound of the rule for groups
 (``judge.rule``) with v in place of n then gives a limit for all stages of a run at its false-alarm probability, and the profile's band is
 the margin for the variance model, as everywhere.  Moments are taken about zero: roundings that all passes share, 8-bit activations that
-noise has not yet pushed over a step, are one direction of C, so v is near 1 there and the limit wide, where the truth is sharper.  Where rounding errors sit in the inputs of a product, which all its outputs share, v
-counts tokens at most.  No number is fitted.
+noise has not yet pushed over a step, are one direction of C, so v is near 1 there and the limit wide, where the truth is sharper.  Where
+rounding errors sit in the inputs of a product, which all its outputs share, v counts tokens at most.  No number is fitted.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ import aprender
 from aprender import arithmetic, sides, stages
 from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
-from aprender.judge import faults, metrics, witness
+from aprender.judge import closure, faults, loaded, metrics, witness
 from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide, local
-from aprender.references import WitnessSide, candidates, recorded, weights_of
+from aprender.references import WitnessSide, candidates, file_of, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
@@ -309,22 +309,86 @@ def _judge(
         results = local(captures, models[name], profile) if profile is not None else []
         parties[name] = _party(opened, name, side, captures, results)
         progress(0.3 + 0.3 * len(parties))
-    cost = _quantization(models["subject"], models["reference"], ids)
+    free = _witnessed(models, ids)
+    cost = _quantization(free)
     judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    both = {"subject": (subject, left), "reference": (reference, right)}
+    judged, parts = _closure(opened, judged, both, models, free)
+    judged = _files_first(judged, both, models, notes)
+    notes += [] if parts is None else [parts.text()]
     notes += _remarks(judged, models, left, right)
     return judged, left, right, notes
 
 
-def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids: Sequence[int]) -> dict[Key, float]:
+def _files_first(
+    judged: Verdict, sides: Mapping[str, tuple[Any, Captures]], models: Mapping[str, witness.ModelData | None], notes: list[str]
+) -> Verdict:
+    """What a side holds against its file, then file against file: either leads the verdict, whatever the stages say."""
+    for name, (side, captures) in sides.items():
+        held = models[name]
+        try:
+            file = file_of(side)
+        except Error as problem:
+            notes.append(f"what {side.spelling} loaded was not held against its file: {problem}")
+            continue
+        cast = side.profile.activations if side.profile else arithmetic.F32
+        against = file or held
+        found = loaded.against_file(held if file else None, captures.manifest.hparams, against, cast) if against else []
+        if found:
+            return judged.led_by(loaded.LOADED, loaded.loaded_sentence(name, side.spelling, found, judged.sentence))
+    mine, other = (models[name] or _told(captures) for name, (_, captures) in sides.items())
+    found = loaded.between_files(mine, other) if mine and other else []
+    if found:
+        return judged.led_by(
+            loaded.FILES_DIFFER,
+            loaded.files_sentence(judged.subject.spelling, judged.reference.spelling, found, judged.sentence),
+        )
+    return judged
+
+
+def _told(captures: Captures) -> witness.ModelData | None:
+    """A model whose weights nobody has, as far as the manifest describes it."""
+    m = captures.manifest
+    return witness.ModelData(m.arch, m.flags, m.hparams, {}) if m.arch and m.hparams else None
+
+
+def _witnessed(models: Mapping[str, witness.ModelData | None], ids: Sequence[int]) -> dict[str, closure.Free]:
+    """The float64 forward pass on each side's weights, where they are known; one pass for weights that are shared."""
+    out: dict[str, closure.Free] = {}
+    for name, model in models.items():
+        twin = next((n for n in out if model is not None and models[n].weights is model.weights), None)  # type: ignore[union-attr]
+        if model is not None:
+            out[name] = out[twin] if twin else witness.forward(model, ids)
+    return out
+
+
+def _quantization(free: Mapping[str, closure.Free]) -> dict[Key, float]:
     """What the weights alone make of the difference: relative L2 of the witness on the subject's against the witness on the reference's."""
-    if a is None or b is None:
+    if len(free) < 2:
         return {}
-    wq = witness.forward(a, ids)
-    if a.weights is b.weights:
-        return dict.fromkeys(wq, 0.0)
-    wo = witness.forward(b, ids)
-    made = ((key, metrics.distance(wq[key], wo[key]).rel_l2) for key in wq if key in wo)
+    mine, other = free["subject"], free["reference"]
+    if mine is other:
+        return dict.fromkeys(mine, 0.0)
+    made = ((key, metrics.distance(mine[key], other[key]).rel_l2) for key in mine if key in other)
     return {key: value for key, value in made if value is not None}
+
+
+def _closure(
+    opened: Hunt,
+    judged: Verdict,
+    sides: Mapping[str, tuple[Any, Captures]],
+    models: Mapping[str, witness.ModelData | None],
+    free: Mapping[str, closure.Free],
+) -> tuple[Verdict, closure.Parts | None]:
+    """Whether the free runs are explained, and the parts of their difference; noise is predicted only where no stage explains it."""
+    rows: dict[str, Sequence[closure.Closed]] = {"subject": (), "reference": ()}
+    for name, (side, captures) in sides.items():
+        model, declared = models[name], opened.profile_of(name, side)
+        if judged.verdict == "agree" and model is not None and declared is not None:
+            rows[name] = closure.closure(captures, model, declared, free[name])
+    held = [(captures, model) for name, (_, captures) in sides.items() if (model := models[name]) is not None]
+    parts = closure.decompose(held, list(free.values()), list(rows.values())) if len(held) == len(free) == 2 else None
+    return closure.explained(judged, rows), parts
 
 
 def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:

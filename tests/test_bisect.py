@@ -44,7 +44,7 @@ SCHEMA = {  # the keys that scripts rely on
     "properties": {
         "schema": {"const": "aprender.bisect/1"},
         "verdict": {"enum": ["agree", "divergence", "not_comparable"]},
-        "finding": {"enum": [None, "operation", "tokens", "overflow"]},
+        "finding": {"enum": [None, "loaded", "files_differ", "operation", "tokens", "overflow", "unexplained"]},
         "first": {"anyOf": [{"type": "null"}, FAULT]},
         "wrong": {"type": "array", "items": FAULT},
         "compared": {"type": "integer", "minimum": 0},

@@ -304,6 +304,10 @@ class Verdict:
     rows: tuple[Row, ...] = field(repr=False)
     probes: tuple[str, ...] = ()
 
+    def led_by(self, finding: str, sentence: str) -> Verdict:
+        """The same judgement of the stages, led by a finding that is no stage's."""
+        return dataclasses.replace(self, verdict="divergence", finding=finding, sentence=sentence)
+
     def to_json(self) -> dict[str, object]:
         """One object with the keys that scripts rely on."""
         return {

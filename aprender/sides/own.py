@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,14 @@ def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> lis
     return out
 
 
+def _when(edits: Sequence[Edit]) -> str | None:
+    """In which pieces the edits apply that do not apply in all; there is one such rule per side."""
+    rules = sorted({edit["when"] for edit in edits if "when" in edit})
+    if len(rules) > 1 or not set(rules) <= set(WHEN):
+        raise ArgumentError(f"edits apply when {', '.join(rules)}: one of {', '.join(WHEN)} is needed", code="ARGUMENT", field="when")
+    return rules[0] if rules else None
+
+
 def _weight_edits(edits: Sequence[Edit], weights: Weights) -> dict[Key, Array]:
     """Edits of weights as arrays to put in their places."""
     out: dict[Key, Array] = {}
@@ -116,6 +124,34 @@ def _weight_edits(edits: Sequence[Edit], weights: Weights) -> dict[Key, Array]:
         for key in keys:
             out[key] = TRANSFORMS[edit["transform"]](out.get(key, weights[key]))
     return out
+
+
+WHEN: Mapping[str, Callable[[int, int], bool]] = {
+    "single": lambda position, tokens: tokens == 1,
+    "later": lambda position, tokens: position > 0,
+}
+"""In which pieces of a prompt an edit applies (``"when"``), by the piece's first position and length; in all of them without it."""
+
+
+class Switched:
+    """A timeline whose edits apply in some pieces only: an edited run and a plain one, of which each piece is computed by one.
+
+    The other one follows with the keys and values of the first in its cache, so that both are at the same place with the same past.
+    """
+
+    def __init__(self, plain: _core.Run, edited: _core.Run, when: str) -> None:
+        self._plain, self._edited, self._applies = plain, edited, WHEN[when]
+        caches = [key for key in stages.keys(plain.model.flags, int(plain.model.hparams["layers"])) if stages.stage(key[0]).shape[0] == "J"]
+        self._caches = tuple(caches)
+        self.tier = plain.tier
+
+    def forward(self, tokens: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
+        """Like ``_core.Run.forward``."""
+        applies = self._applies(self._plain.position, len(tokens))
+        first, other = (self._edited, self._plain) if applies else (self._plain, self._edited)
+        made = first.forward(tokens, list(dict.fromkeys([*keep, *self._caches])))
+        other.forward(tokens, self._caches, {key: made[key] for key in self._caches})
+        return {key: value for key, value in made.items() if key in set(keep)}
 
 
 # ---- the side ------------------------------------------------------------------------------------------------------------------------
@@ -136,7 +172,8 @@ class OwnSide:
         A row of ``_core.TIERS``; the best one if not given (or ``APRENDER_TIER``).
     edits : sequence of mapping
         ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}`` or
-        ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}``.
+        ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}``.  With ``"when"``, a key of WHEN, an
+        edit applies in such pieces only; all edits that have one have the same.
     spelling : str, optional
         How the user wrote it.
     """
@@ -161,12 +198,22 @@ class OwnSide:
         self.model = _core.Model(self.file)
         self.weights = Weights(self.model)
         self._options: dict[str, Any] = {"threads": threads or _threads_from_environment(), "tier": tier or os.environ.get("APRENDER_TIER")}
-        self._edits = _step_edits(edits, _core.Run(self.model).plan()) if edits else []
-        self._overrides = _weight_edits(edits, self.weights)
+        self._when = _when(edits)
+        always = [edit for edit in edits if "when" not in edit]
+        plan = _core.Run(self.model).plan() if edits else ()
+        self._edits, self._overrides = _step_edits(always, plan), _weight_edits(always, self.weights)
+        self._more = (_step_edits(edits, plan), _weight_edits(edits, self.weights)) if self._when else None
 
     def run(self) -> _core.Run:
-        """A fresh timeline of the model, with the edits applied."""
+        """A fresh timeline of the model, with the edits applied that apply everywhere."""
         return _core.Run(self.model, **self._options, edits=self._edits, overrides=self._overrides)
+
+    def _timeline(self) -> _core.Run | Switched:
+        """A fresh timeline with all edits applied, each where it applies."""
+        if self._when is None or self._more is None:
+            return self.run()
+        edited = _core.Run(self.model, **self._options, edits=self._more[0], overrides=self._more[1])
+        return Switched(self.run(), edited, self._when)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -210,15 +257,38 @@ class OwnSide:
             No ids, or one outside the vocabulary.
         """
         wanted = [key for key in stages.keys(self.model.flags, int(self.model.hparams["layers"])) if keep is None or keep(key)]
-        arrays, tier = self._traced(ids, wanted, progress)
+        arrays, tier = self._traced(ids, wanted, _chunks(len(ids), int(self.model.hparams["heads"])), progress)
         last = arrays.get(LOGITS)
         attested = None if last is None else bool(np.array_equal(last, self.logits(ids), equal_nan=True))
         return Captures(arrays, self._manifest(ids, tier, attested, arrays))
 
-    def _traced(self, ids: Sequence[int], wanted: Sequence[Key], progress: Callable[[float], None] | None) -> tuple[dict[Key, Array], str]:
-        run = self.run()
+    def capture_pieces(self, ids: Sequence[int], sizes: Sequence[int]) -> Captures:
+        """Run the ids in pieces of the given sizes on one cache, and hand out all stages as one sequence: joined along the tokens.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        sizes : sequence of int
+            Tokens of each piece; together as many as there are ids.
+
+        Raises
+        ------
+        ArgumentError
+            The sizes do not cut up the ids.
+        """
+        if sum(sizes) != len(ids) or min(sizes, default=0) < 1:
+            raise ArgumentError(f"pieces of {list(sizes)} tokens do not cut up {len(ids)} tokens", code="ARGUMENT", field="sizes")
+        ends = np.cumsum(sizes).tolist()
+        wanted = stages.keys(self.model.flags, int(self.model.hparams["layers"]))
+        arrays, tier = self._traced(ids, wanted, zip([0, *ends[:-1]], ends, strict=True), None)
+        return Captures(arrays, self._manifest(ids, tier, None, arrays))
+
+    def _traced(
+        self, ids: Sequence[int], wanted: Sequence[Key], cuts: Iterable[tuple[int, int]], progress: Callable[[float], None] | None
+    ) -> tuple[dict[Key, Array], str]:
+        run = self._timeline()
         pieces = []
-        for first, last in _chunks(len(ids), int(self.model.hparams["heads"])):
+        for first, last in cuts:
             pieces.append(run.forward(ids[first:last], wanted))
             if progress:
                 progress(last / len(ids))
@@ -248,7 +318,7 @@ class OwnSide:
 
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
-        run = self.run()
+        run = self._timeline()
         parts = [run.forward(ids[first:last], [LOGITS])[LOGITS] for first, last in _chunks(len(ids), int(self.model.hparams["heads"]))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -265,7 +335,7 @@ class OwnSide:
         if not ids:
             raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
         stop = self._stop()
-        run = self.run()
+        run = self._timeline()
         last: Array | None = None
         for first, end in _chunks(len(ids), int(self.model.hparams["heads"])):
             last = run.forward(ids[first:end], [LOGITS])[LOGITS]

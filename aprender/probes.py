@@ -396,9 +396,3 @@ def _told(judged: Verdict, found: Sequence[Outcome]) -> Verdict:
     return dataclasses.replace(
         judged, verdict=DIVERGENCE, finding=first.finding, first=first.wrong[0], wrong=wrong, sentence=sentence, **shown
     )
-
-
-def listing() -> str:
-    """The probes for people, one a line."""
-    width = max(map(len, PROBES)) + 2
-    return "\n".join(f"{row.name:{width}}{row.text}: shows {row.sees}" for row in PROBES.values())

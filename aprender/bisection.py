@@ -16,6 +16,7 @@ import numpy as np
 
 import aprender
 from aprender import arithmetic, sides, stages
+from aprender import probes as probing
 from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
 from aprender.judge import closure, faults, loaded, metrics, witness
@@ -49,6 +50,8 @@ class Report:
         Command line that makes this report again.
     subject, reference : Captures or None
         What was compared; None where no run was needed to decide.
+    probed : tuple of Outcome
+        What each probe that was asked for found, or why it could not run.
     """
 
     judged: Verdict
@@ -58,6 +61,7 @@ class Report:
     reproduce: str = ""
     subject: Captures | None = field(default=None, repr=False)
     reference: Captures | None = field(default=None, repr=False)
+    probed: tuple[probing.Outcome, ...] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -87,6 +91,7 @@ class Report:
             "answers": dict(self.answers),
             "notes": list(self.notes),
             "reproduce": self.reproduce,
+            "probed": [outcome.to_json() for outcome in self.probed],
         }
         return self.judged.to_json() | extra
 
@@ -231,7 +236,14 @@ def _silent(share: float) -> None:
     """Nobody wants to know how far it is."""
 
 
-def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress: Callable[[float], None] = _silent) -> Report:
+def hunt(
+    opened: Hunt,
+    ask: Ask,
+    answer: int = ANSWER,
+    steps: int = 0,
+    progress: Callable[[float], None] = _silent,
+    probes: Sequence[str] = (),
+) -> Report:
     """Run both sides on one question and judge them.
 
     Parameters
@@ -244,6 +256,8 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress:
         Tokens to generate (the reference's drive both); the first step whose choice differs is judged, else the last.
     progress : callable, optional
         Told the share that is done, 0 … 1, after each part of the work.
+    probes : sequence of str, optional
+        Names of probes to run on the subject beyond the prompt.
     """
     subject, reference = opened.subject, opened.reference
     own, other, prompt = _resolve(subject, reference, ask)
@@ -258,8 +272,11 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress:
         ids, said = _differing_step(subject, reference, ids, steps)
         notes.append(said)
     judged, left, right, more = _judge(opened, reference, ids, progress)
+    probed = probing.probe(subject, opened.profile_of("subject", subject), left, probes)
+    judged = probing.combine(judged, probed, left.manifest.attestation)
+    more.append(probing.rests(judged.probes))
     answers = _answers(opened, reference, ids, answer) if answer else ()
-    return Report(judged, prompt, answers, tuple(notes + more), "", left, right)
+    return Report(judged, prompt, answers, tuple(notes + more), "", left, right, probed)
 
 
 def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> Verdict:
@@ -311,7 +328,7 @@ def _judge(
         progress(0.3 + 0.3 * len(parties))
     free = _witnessed(models, ids)
     cost = _quantization(free)
-    judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=(probing.PROMPT,))
     both = {"subject": (subject, left), "reference": (reference, right)}
     judged, parts = _closure(opened, judged, both, models, free)
     judged = _files_first(judged, both, models, notes)
@@ -399,7 +416,7 @@ def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: 
         weakest = max(seen, key=lambda r: r.power or 0)
         notes.append(
             f"power: on these {len(judged.tokens)} tokens a relative error of {weakest.power:.0e} of any whole stage would have been seen"
-            f" (weakest: {weakest.stage}); decoding, padding and long contexts were not probed"
+            f" (weakest: {weakest.stage})"
         )
     if judged.unmeasured:
         names = ", ".join(dict.fromkeys(r.stage for r in judged.unmeasured))
@@ -465,6 +482,7 @@ def compare(
     same_ids: bool = False,
     answer: int = ANSWER,
     steps: int = 0,
+    probe: str | None = None,
 ) -> Report:
     """Judge one side, against another if given.
 
@@ -486,6 +504,8 @@ def compare(
         Tokens of the greedy answers to show.
     steps : int
         Generate so many tokens and judge the first step that differs.
+    probe : str, optional
+        Names of probes with commas between them, or ``all``; the prompt alone if not given.
 
     Returns
     -------
@@ -504,10 +524,11 @@ def compare(
     >>> report.verdict, report.first.stage
     ('divergence', 'lm_head')
     """
+    chosen = probing.parse(probe)
     opened = open_hunt(subject, against, plant)
     ask = Ask(prompt, None if prompt_ids is None else tuple(prompt_ids), same_ids)
     try:
-        return hunt(opened, ask, answer, steps)
+        return hunt(opened, ask, answer, steps, probes=chosen)
     finally:
         for side in (opened.subject, opened.reference, opened.right):
             if side is not None:

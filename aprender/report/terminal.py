@@ -184,6 +184,7 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
     if data["stages"]:
         parts += [stage_table(data["stages"], verbose), Text()]
     tail = list(report.answers)
+    tail += [(f"probe {outcome.probe}", f"{outcome.state.replace('_', ' ')}: {outcome.text}") for outcome in report.probed]
     tail += [("note", note) for note in report.notes]
     tail.append(("reproduce", report.reproduce))
     return Group(*parts, _labelled(tail))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,19 @@ def _step_edits(edits: Sequence[Edit], plan: Sequence[Mapping[str, Any]]) -> lis
     return out
 
 
+def _switches(edit: Edit) -> bool:
+    """Whether an edit of the plan or of a weight applies in some pieces only.  (Edits of values have a rule of their own.)"""
+    return "when" in edit and edit["target"] in ("step", "weight")
+
+
+def _when(edits: Sequence[Edit]) -> str | None:
+    """In which pieces the edits apply that do not apply in all; there is one such rule per side."""
+    rules = sorted({edit["when"] for edit in edits if _switches(edit)})
+    if len(rules) > 1 or not set(rules) <= set(WHEN):
+        raise ArgumentError(f"edits apply when {', '.join(rules)}: one of {', '.join(WHEN)} is needed", code="ARGUMENT", field="when")
+    return rules[0] if rules else None
+
+
 def _origin(origin: Sequence[str], layer: int | None, plan: Sequence[Mapping[str, Any]]) -> int:
     """The step that a stage of the layer is (``out``), or that it reads (``a``, ``b``)."""
     stage, which = origin
@@ -248,6 +261,34 @@ def _handed_out(
     return arrays, notes
 
 
+WHEN: Mapping[str, Callable[[int, int], bool]] = {
+    "single": lambda position, tokens: tokens == 1,
+    "later": lambda position, tokens: position > 0,
+}
+"""In which pieces of a prompt an edit applies (``"when"``), by the piece's first position and length; in all of them without it."""
+
+
+class Switched:
+    """A timeline whose edits apply in some pieces only: an edited run and a plain one, of which each piece is computed by one.
+
+    The other one follows with the keys and values of the first in its cache, so that both are at the same place with the same past.
+    """
+
+    def __init__(self, plain: _core.Run, edited: _core.Run, when: str) -> None:
+        self._plain, self._edited, self._applies = plain, edited, WHEN[when]
+        caches = [key for key in stages.keys(plain.model.flags, int(plain.model.hparams["layers"])) if stages.stage(key[0]).shape[0] == "J"]
+        self._caches = tuple(caches)
+        self.tier = plain.tier
+
+    def forward(self, tokens: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
+        """Like ``_core.Run.forward``."""
+        applies = self._applies(self._plain.position, len(tokens))
+        first, other = (self._edited, self._plain) if applies else (self._plain, self._edited)
+        made = first.forward(tokens, list(dict.fromkeys([*keep, *self._caches])))
+        other.forward(tokens, self._caches, {key: made[key] for key in self._caches})
+        return {key: value for key, value in made.items() if key in set(keep)}
+
+
 # ---- the side ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +308,8 @@ class OwnSide:
     edits : sequence of mapping
         ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}``,
         ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}`` and the others that
-        ``judge/faults.py`` lists.
+        ``judge/faults.py`` lists.  An edit of a step or weight with ``"when"``, a key of WHEN, applies in such pieces only; all that
+        have one have the same.
     spelling : str, optional
         How the user wrote it.
     """
@@ -292,18 +334,28 @@ class OwnSide:
         self.model = _core.Model(self.file)
         self.weights = Weights(self.model)
         self._options: dict[str, Any] = {"threads": threads or _threads_from_environment(), "tier": tier or os.environ.get("APRENDER_TIER")}
-        self._edits = _step_edits(edits, _core.Run(self.model).plan()) if edits else []
-        self._overrides = _weight_edits(edits, self.weights, self.model.hparams)
+        self._when = _when(edits)
+        always = [edit for edit in edits if not _switches(edit)]
+        plan = _core.Run(self.model).plan() if edits else ()
+        size = self.model.hparams
+        self._edits, self._overrides = _step_edits(always, plan), _weight_edits(always, self.weights, size)
+        self._more = (_step_edits(edits, plan), _weight_edits(edits, self.weights, size)) if self._when else None
         self._shown = [edit for edit in edits if edit["target"] in ("capture", "positions")]
         self._values = sorted((e for e in edits if e["target"] == "value"), key=lambda e: stages.order((e["stage"], e["layer"])))
         self._piece = min((int(edit["value"]) for edit in edits if edit["target"] == "pieces"), default=0)
 
     def run(self) -> _core.Run:
-        """A fresh timeline of the model, with the edits applied."""
+        """A fresh timeline of the model, with the edits applied that apply everywhere."""
         return _core.Run(self.model, **self._options, edits=self._edits, overrides=self._overrides)
 
-    def forward(self, run: _core.Run, ids: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
+    def forward(self, run: _core.Run | Switched, ids: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
         """The next tokens of a timeline: what is kept, with the edits of values put in before anything reads them."""
+        if not self._values:
+            return run.forward(ids, keep)
+        if isinstance(run, Switched):
+            raise ArgumentError(
+                "edits of values and edits that apply in some pieces only do not go together", code="ARGUMENT", field="when"
+            )
         feed: dict[Key, Array] = {}
         for edit in self._values:
             if edit.get("when") == "decode" and run.position == 0:
@@ -318,6 +370,13 @@ class OwnSide:
         if self._piece:
             return [(first, min(first + self._piece, tokens)) for first in range(0, tokens, self._piece)]
         return list(_chunks(tokens, int(self.model.hparams["heads"])))
+
+    def _timeline(self) -> _core.Run | Switched:
+        """A fresh timeline with all edits applied, each where it applies."""
+        if self._when is None or self._more is None:
+            return self.run()
+        edited = _core.Run(self.model, **self._options, edits=self._more[0], overrides=self._more[1])
+        return Switched(self.run(), edited, self._when)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -361,7 +420,7 @@ class OwnSide:
             No ids, or one outside the vocabulary.
         """
         wanted = [key for key in stages.keys(self.model.flags, int(self.model.hparams["layers"])) if keep is None or keep(key)]
-        arrays, tier = self._traced(ids, wanted, progress)
+        arrays, tier = self._traced(ids, wanted, self.pieces(len(ids)), progress)
         last = arrays.get(LOGITS)
         attested = None if last is None else bool(np.array_equal(last, self.logits(ids), equal_nan=True))
         manifest = self._manifest(ids, tier, attested, arrays)
@@ -371,10 +430,33 @@ class OwnSide:
             manifest = dataclasses.replace(manifest, tensors=notes, positions=tuple(range(start, start + len(ids))))
         return Captures(arrays, manifest)
 
-    def _traced(self, ids: Sequence[int], wanted: Sequence[Key], progress: Callable[[float], None] | None) -> tuple[dict[Key, Array], str]:
-        run = self.run()
+    def capture_pieces(self, ids: Sequence[int], sizes: Sequence[int]) -> Captures:
+        """Run the ids in pieces of the given sizes on one cache, and hand out all stages as one sequence: joined along the tokens.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        sizes : sequence of int
+            Tokens of each piece; together as many as there are ids.
+
+        Raises
+        ------
+        ArgumentError
+            The sizes do not cut up the ids.
+        """
+        if sum(sizes) != len(ids) or min(sizes, default=0) < 1:
+            raise ArgumentError(f"pieces of {list(sizes)} tokens do not cut up {len(ids)} tokens", code="ARGUMENT", field="sizes")
+        ends = np.cumsum(sizes).tolist()
+        wanted = stages.keys(self.model.flags, int(self.model.hparams["layers"]))
+        arrays, tier = self._traced(ids, wanted, zip([0, *ends[:-1]], ends, strict=True), None)
+        return Captures(arrays, self._manifest(ids, tier, None, arrays))
+
+    def _traced(
+        self, ids: Sequence[int], wanted: Sequence[Key], cuts: Iterable[tuple[int, int]], progress: Callable[[float], None] | None
+    ) -> tuple[dict[Key, Array], str]:
+        run = self._timeline()
         pieces = []
-        for first, last in self.pieces(len(ids)):
+        for first, last in cuts:
             pieces.append(self.forward(run, ids[first:last], wanted))
             if progress:
                 progress(last / len(ids))
@@ -404,7 +486,7 @@ class OwnSide:
 
     def logits(self, ids: Sequence[int]) -> Array:
         """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
-        run = self.run()
+        run = self._timeline()
         parts = [self.forward(run, ids[first:last], [LOGITS])[LOGITS] for first, last in self.pieces(len(ids))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -421,7 +503,7 @@ class OwnSide:
         if not ids:
             raise ArgumentError("the prompt is empty: a forward pass needs at least one token", code="ARGUMENT", field="prompt")
         stop = self._stop()
-        run = self.run()
+        run = self._timeline()
         last: Array | None = None
         for first, end in self.pieces(len(ids)):
             last = self.forward(run, ids[first:end], [LOGITS])[LOGITS]

@@ -64,7 +64,7 @@ lint: $(VENV)/.checked  ## style, types, stubs
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml aprender._core
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with its own build, so that the plain one stays.
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,formats encode file model plan ops run binding containers large aprt_hostile hostile sweeps))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,formats encode file model plan ops run binding containers large aprt_hostile hostile sweeps measure sums))
 # The report goes to a file: pytest holds what is written to stderr, and a process that ends there takes it along.
 SANITIZE = cd $(SANITIZED) && PYTHONPATH=$$PWD PYTHONMALLOC=malloc \
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

@@ -242,6 +242,59 @@ def compare(a: NDArray[np.float32], b: NDArray[np.float32], /, *, limit: int = 0
         Different sizes.
     """
 
+def estimate_sums(
+    x: NDArray[np.float64], w: NDArray[np.float32] | NDArray[np.float64], /, *, lanes: int = 0, block: int = 0, threads: int = 0
+) -> NDArray[np.float64]:
+    """Variance that adding in float32 leaves of each dot product of rows of x [B, T, K] with rows of w [B, N, K]: [B, T, N].
+
+    Products are exact, each addition rounds.  ``lanes`` (a power of two, at most 64): that many lanes, then the tree; else ``block``:
+    in order in blocks of that length, then the blocks in order; else the envelope of unknown orders.  Partial sums are known at the ends
+    of segments and interpolated between.  The same bits for any number of threads.
+
+    Raises
+    ------
+    TypeError
+        Other number formats.
+    ValueError
+        Shapes that do not fit each other, or an order out of range.
+    MemoryError
+    """
+
+def exact_sums(
+    x: NDArray[np.float64],
+    w: NDArray[np.float32] | NDArray[np.float64],
+    flat: NDArray[np.int64],
+    /,
+    *,
+    lanes: int = 0,
+    block: int = 0,
+    threads: int = 0,
+) -> NDArray[np.float64]:
+    """The same of some dot products, by flat index into [B, T, N], from all their partial sums: [P].
+
+    Raises
+    ------
+    IndexError
+        An index outside.
+    TypeError, ValueError
+        As for ``estimate_sums``.
+    """
+
+def lane_dots(
+    x: NDArray[np.float32], w: NDArray[np.float32], flat: NDArray[np.int64] | None = None, /, *, lanes: int = 16, threads: int = 0
+) -> NDArray[np.float32]:
+    """Dot products by float32 fused multiply-adds, lane i adding elements i, i + lanes, ... in order from 0, then the rounded tree.
+
+    Of rows of x [B, T, K] with rows of w [B, N, K]: [B, T, N], or [P] by flat index.  The same bits for any number of threads.
+
+    Raises
+    ------
+    IndexError
+        An index outside.
+    TypeError, ValueError
+        As for ``estimate_sums``.
+    """
+
 def read_aprt(path: str | bytes | os.PathLike[str], /) -> tuple[int | None, NDArray[np.float32]]:
     """One APRT file: its layer (None: the whole model) and its values, [count], a read-only view whose bits are those of the file.
 

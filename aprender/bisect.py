@@ -23,6 +23,7 @@ EXAMPLES = (
     "python -m aprender.bisect model.gguf --against hf:folder   our engine on a GGUF against Hugging Face FP16",
     "python -m aprender.bisect hf:folder@bfloat16 --against witness",
     "python -m aprender.bisect saved:stages --against hf:folder@float32 --jsonl",
+    "python -m aprender.bisect model.gguf --probe all           decoding, chunks, causality, a second run … beyond the prompt",
     "python -m aprender.bisect --prompts questions.txt -q       one prompt per line, one sentence each",
 )
 GIT_BISECT = {CANNOT: 125, 2: 128}
@@ -61,6 +62,7 @@ def _parser() -> Parser:
         help="generate N tokens, the reference's drive both, and judge the first step that differs",
     )
     add("--plant", metavar="NAME[@SELECTOR]", help="plant a catalogue fault in our own engine first: transposed@lm_head, eps@0.attn_norm")
+    add("--probe", metavar="NAME|all", help="also run the subject in other ways: one short long decode ragged causal repeat traced")
     add("--list-faults", action="store_true", help="print the catalogue and stop")
     add("--arithmetic", metavar="[subject=]NAME[,reference=NAME]", help="judge a side under another declared arithmetic")
     add("--answer", type=int, default=None, metavar="N", help="tokens of the greedy answer to show (default 16; 0: none)")
@@ -170,19 +172,20 @@ def _run(words: list[str]) -> int:
     if args.steps < 0 or (args.answer is not None and args.answer < 0):
         raise Usage("--steps and --answer need a number that is not negative")
 
-    from aprender import bisection
+    from aprender import bisection, probes
     from aprender.errors import UnknownName
 
     asks = _questions(args)
     answer = args.answer if args.answer is not None else 0 if args.jsonl or args.quiet else bisection.ANSWER
     try:
+        chosen = probes.parse(args.probe)
         opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles)
     except UnknownName as problem:  # a name that no side has to be opened for is the command line's fault
         raise Usage(str(problem)) from None
     reports = []
     for ask in asks:
         with _show.Progress("judging", args.quiet) as progress:
-            report = bisection.hunt(opened, ask, answer, args.steps, progress)
+            report = bisection.hunt(opened, ask, answer, args.steps, progress, chosen)
         reports.append(bisection.with_command(report, _command_line(args, words, report.prompt)))
     _print(reports, args)
     return max((r.exit_code for r in reports), key=lambda code: (code == 1, code))

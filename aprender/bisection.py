@@ -16,11 +16,12 @@ import numpy as np
 
 import aprender
 from aprender import arithmetic, sides, stages
+from aprender import probes as probing
 from aprender.captures import Captures, check_contract
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
-from aprender.judge import faults, metrics, witness
+from aprender.judge import closure, faults, loaded, metrics, witness
 from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide, local
-from aprender.references import WitnessSide, candidates, recorded, weights_of
+from aprender.references import WitnessSide, candidates, file_of, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
@@ -49,6 +50,8 @@ class Report:
         Command line that makes this report again.
     subject, reference : Captures or None
         What was compared; None where no run was needed to decide.
+    probed : tuple of Outcome
+        What each probe that was asked for found, or why it could not run.
     """
 
     judged: Verdict
@@ -58,6 +61,7 @@ class Report:
     reproduce: str = ""
     subject: Captures | None = field(default=None, repr=False)
     reference: Captures | None = field(default=None, repr=False)
+    probed: tuple[probing.Outcome, ...] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -87,6 +91,7 @@ class Report:
             "answers": dict(self.answers),
             "notes": list(self.notes),
             "reproduce": self.reproduce,
+            "probed": [outcome.to_json() for outcome in self.probed],
         }
         return self.judged.to_json() | extra
 
@@ -231,7 +236,14 @@ def _silent(share: float) -> None:
     """Nobody wants to know how far it is."""
 
 
-def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress: Callable[[float], None] = _silent) -> Report:
+def hunt(
+    opened: Hunt,
+    ask: Ask,
+    answer: int = ANSWER,
+    steps: int = 0,
+    progress: Callable[[float], None] = _silent,
+    probes: Sequence[str] = (),
+) -> Report:
     """Run both sides on one question and judge them.
 
     Parameters
@@ -244,6 +256,8 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress:
         Tokens to generate (the reference's drive both); the first step whose choice differs is judged, else the last.
     progress : callable, optional
         Told the share that is done, 0 … 1, after each part of the work.
+    probes : sequence of str, optional
+        Names of probes to run on the subject beyond the prompt.
     """
     subject, reference = opened.subject, opened.reference
     own, other, prompt = _resolve(subject, reference, ask)
@@ -258,8 +272,11 @@ def hunt(opened: Hunt, ask: Ask, answer: int = ANSWER, steps: int = 0, progress:
         ids, said = _differing_step(subject, reference, ids, steps)
         notes.append(said)
     judged, left, right, more = _judge(opened, reference, ids, progress)
+    probed = probing.probe(subject, opened.profile_of("subject", subject), left, probes)
+    judged = probing.combine(judged, probed, left.manifest.attestation)
+    more.append(probing.rests(judged.probes))
     answers = _answers(opened, reference, ids, answer) if answer else ()
-    return Report(judged, prompt, answers, tuple(notes + more), "", left, right)
+    return Report(judged, prompt, answers, tuple(notes + more), "", left, right, probed)
 
 
 def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> Verdict:
@@ -300,7 +317,7 @@ def _judge(
     progress(0.3)
     notes = check_contract(left, right)
     models = {
-        "subject": weights_of(subject, left.manifest, candidates(subject)),
+        "subject": weights_of(subject, left.manifest, candidates(subject, reference)),
         "reference": weights_of(reference, right.manifest, candidates(reference, subject)),
     }
     parties = {}
@@ -309,22 +326,86 @@ def _judge(
         results = local(captures, models[name], profile) if profile is not None else []
         parties[name] = _party(opened, name, side, captures, results)
         progress(0.3 + 0.3 * len(parties))
-    cost = _quantization(models["subject"], models["reference"], ids)
-    judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=("prefill",))
+    free = _witnessed(models, ids)
+    cost = _quantization(free)
+    judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=(probing.PROMPT,))
+    both = {"subject": (subject, left), "reference": (reference, right)}
+    judged, parts = _closure(opened, judged, both, models, free)
+    judged = _files_first(judged, both, models, notes)
+    notes += [] if parts is None else [parts.text()]
     notes += _remarks(judged, models, left, right)
     return judged, left, right, notes
 
 
-def _quantization(a: witness.ModelData | None, b: witness.ModelData | None, ids: Sequence[int]) -> dict[Key, float]:
+def _files_first(
+    judged: Verdict, sides: Mapping[str, tuple[Any, Captures]], models: Mapping[str, witness.ModelData | None], notes: list[str]
+) -> Verdict:
+    """What a side holds against its file, then file against file: either leads the verdict, whatever the stages say."""
+    for name, (side, captures) in sides.items():
+        held = models[name]
+        try:
+            file = file_of(side)
+        except Error as problem:
+            notes.append(f"what {side.spelling} loaded was not held against its file: {problem}")
+            continue
+        cast = side.profile.activations if side.profile else arithmetic.F32
+        against = file or held
+        found = loaded.against_file(held if file else None, captures.manifest.hparams, against, cast) if against else []
+        if found:
+            return judged.led_by(loaded.LOADED, loaded.loaded_sentence(name, side.spelling, found, judged.sentence))
+    mine, other = (models[name] or _told(captures) for name, (_, captures) in sides.items())
+    found = loaded.between_files(mine, other) if mine and other else []
+    if found:
+        return judged.led_by(
+            loaded.FILES_DIFFER,
+            loaded.files_sentence(judged.subject.spelling, judged.reference.spelling, found, judged.sentence),
+        )
+    return judged
+
+
+def _told(captures: Captures) -> witness.ModelData | None:
+    """A model whose weights nobody has, as far as the manifest describes it."""
+    m = captures.manifest
+    return witness.ModelData(m.arch, m.flags, m.hparams, {}) if m.arch and m.hparams else None
+
+
+def _witnessed(models: Mapping[str, witness.ModelData | None], ids: Sequence[int]) -> dict[str, closure.Free]:
+    """The float64 forward pass on each side's weights, where they are known; one pass for weights that are shared."""
+    out: dict[str, closure.Free] = {}
+    for name, model in models.items():
+        twin = next((n for n in out if model is not None and models[n].weights is model.weights), None)  # type: ignore[union-attr]
+        if model is not None:
+            out[name] = out[twin] if twin else witness.forward(model, ids)
+    return out
+
+
+def _quantization(free: Mapping[str, closure.Free]) -> dict[Key, float]:
     """What the weights alone make of the difference: relative L2 of the witness on the subject's against the witness on the reference's."""
-    if a is None or b is None:
+    if len(free) < 2:
         return {}
-    wq = witness.forward(a, ids)
-    if a.weights is b.weights:
-        return dict.fromkeys(wq, 0.0)
-    wo = witness.forward(b, ids)
-    made = ((key, metrics.distance(wq[key], wo[key]).rel_l2) for key in wq if key in wo)
+    mine, other = free["subject"], free["reference"]
+    if mine is other:
+        return dict.fromkeys(mine, 0.0)
+    made = ((key, metrics.distance(mine[key], other[key]).rel_l2) for key in mine if key in other)
     return {key: value for key, value in made if value is not None}
+
+
+def _closure(
+    opened: Hunt,
+    judged: Verdict,
+    sides: Mapping[str, tuple[Any, Captures]],
+    models: Mapping[str, witness.ModelData | None],
+    free: Mapping[str, closure.Free],
+) -> tuple[Verdict, closure.Parts | None]:
+    """Whether the free runs are explained, and the parts of their difference; noise is predicted only where no stage explains it."""
+    rows: dict[str, Sequence[closure.Closed]] = {"subject": (), "reference": ()}
+    for name, (side, captures) in sides.items():
+        model, declared = models[name], opened.profile_of(name, side)
+        if judged.verdict == "agree" and model is not None and declared is not None:
+            rows[name] = closure.closure(captures, model, declared, free[name])
+    held = [(captures, model) for name, (_, captures) in sides.items() if (model := models[name]) is not None]
+    parts = closure.decompose(held, list(free.values()), list(rows.values())) if len(held) == len(free) == 2 else None
+    return closure.explained(judged, rows), parts
 
 
 def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:
@@ -335,7 +416,7 @@ def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: 
         weakest = max(seen, key=lambda r: r.power or 0)
         notes.append(
             f"power: on these {len(judged.tokens)} tokens a relative error of {weakest.power:.0e} of any whole stage would have been seen"
-            f" (weakest: {weakest.stage}); decoding, padding and long contexts were not probed"
+            f" (weakest: {weakest.stage})"
         )
     if judged.unmeasured:
         names = ", ".join(dict.fromkeys(r.stage for r in judged.unmeasured))
@@ -401,6 +482,7 @@ def compare(
     same_ids: bool = False,
     answer: int = ANSWER,
     steps: int = 0,
+    probe: str | None = None,
 ) -> Report:
     """Judge one side, against another if given.
 
@@ -422,6 +504,8 @@ def compare(
         Tokens of the greedy answers to show.
     steps : int
         Generate so many tokens and judge the first step that differs.
+    probe : str, optional
+        Names of probes with commas between them, or ``all``; the prompt alone if not given.
 
     Returns
     -------
@@ -440,10 +524,11 @@ def compare(
     >>> report.verdict, report.first.stage
     ('divergence', 'lm_head')
     """
+    chosen = probing.parse(probe)
     opened = open_hunt(subject, against, plant)
     ask = Ask(prompt, None if prompt_ids is None else tuple(prompt_ids), same_ids)
     try:
-        return hunt(opened, ask, answer, steps)
+        return hunt(opened, ask, answer, steps, probes=chosen)
     finally:
         for side in (opened.subject, opened.reference, opened.right):
             if side is not None:

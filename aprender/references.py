@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 import aprender
-from aprender import arithmetic, stages
+from aprender import _core, arithmetic, stages
 from aprender.captures import Captures, open_captures
 from aprender.errors import CannotRun
 from aprender.judge import witness
 from aprender.judge.rounding import to_format
 from aprender.manifest import Manifest
 from aprender.sides.base import Side
-from aprender.sides.own import OwnSide
+from aprender.sides.own import OwnSide, Weights
 from aprender.sides.saved import SavedSide
 from aprender.stages import Key
 from aprender.text import Tokenizer
@@ -139,6 +139,15 @@ def weights_of(side: Any, manifest: Manifest, near: Sequence[Path]) -> witness.M
             weights = _Cast(held["weights"], side.profile)
             return witness.ModelData(held["arch"], held["flags"], held["hparams"], weights, held["stored"])
     return None
+
+
+def file_of(side: Any) -> witness.ModelData | None:
+    """The file that a side loaded its own copy of, by the reference decoder; None where the side computes with the file itself."""
+    origin: Path | None = getattr(side, "origin", None)
+    if origin is None:
+        return None
+    model = _core.Model(_core.File(origin, mmap=True))
+    return witness.ModelData(model.arch, model.flags, model.hparams, Weights(model))
 
 
 class _Cast(Mapping[Key, Any]):

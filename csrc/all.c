@@ -50,6 +50,7 @@
 #include "quant/fast.c"
 /* 1 measure: arrays in, numbers out */
 #include "measure/compare.c"
+#include "measure/sums.c"
 /* 2 file: containers */
 #include "file/bytes.c"
 #include "file/file.c"

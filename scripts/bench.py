@@ -3,8 +3,8 @@
     python scripts/bench.py            # every bench
     python scripts/bench.py opening    # one of them
 
-Every figure is a median of several runs in one process on one machine; ratios are of medians taken in turn, so that a busy machine spoils
-both alike.  Nothing here is asserted: a time depends on the machine.
+Every figure is a median of several runs in one process on one machine, or where it says so the least CPU time; ratios are of medians taken
+in turn, so that a busy machine spoils both alike.  Nothing here is asserted: a time depends on the machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,7 +169,75 @@ def encoding() -> list[str]:
     return ["encoding float32, one thread, MB/s: " + ", ".join(f"{name} {values.nbytes / took[name] / 1e6:.0f}" for name in writable)]
 
 
-BENCHES: dict[str, Callable[[], list[str]]] = {"opening": opening, "loading": loading, "comparing": comparing, "encoding": encoding}
+# ---- adding ----------------------------------------------------------------------------------------------------------------------------
+
+
+def adding() -> list[str]:
+    """What the judge computes of one projection of a 7B model, and its loops beside the same in NumPy, in seconds of CPU."""
+    import test_sums
+
+    from aprender.arithmetic import Order
+    from aprender.judge import measure, sums
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1, 16, 3584)).astype(np.float32).astype(np.float64)
+    w = generator.standard_normal((1, 18944, 3584), np.float32)
+    flat = np.sort(generator.choice(16 * 18944, measure.SAMPLE, replace=False))
+    said = []
+    for name, order in (("16 lanes", Order(lanes=16)), ("blocks of 192", Order(blocks={3584: 192})), ("order unknown", Order())):
+        dot = sums.Dot(x, w, order)
+        few = sums.Dot(x, w[:, :64].astype(np.float64), order)
+        calls: dict[str, Callable[[], object]] = {"value": dot.value, "estimate": lambda dot=dot: sums.estimate(dot)}
+        calls[f"exact ({measure.SAMPLE} of them)"] = lambda dot=dot: sums.exact(dot, flat)
+        if order.lanes:
+            calls["every bit"] = lambda dot=dot: sums.emulate(dot)
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "estimate": (lambda few=few: sums.estimate(few), lambda few=few: test_sums.witness_estimate(few.x, few.w, few.order)),
+            "exact": (
+                lambda few=few: sums.exact(few, np.arange(16 * 64)),
+                lambda few=few: test_sums.witness_exact(few.x, few.w, few.order),
+            ),
+        }
+        if order.lanes:
+            rows = np.repeat(few.x[0], 64, axis=0), np.tile(few.w[0], (16, 1))
+            pairs["bits"] = (lambda few=few: sums.emulate(few), lambda rows=rows: test_sums.witness_bits(*rows, 16))
+        took = ", ".join(f"{what} {_cpu(call):.2f} s" for what, call in calls.items())
+        beside = ", ".join(f"{what} {_cpu(numpy) / _cpu(core):.0f}" for what, (core, numpy) in pairs.items())
+        said.append(
+            f"a projection of 3584 by 18944 (272 MB), 16 tokens, {name}, CPU: {took}; most memory beside operands and results"
+            f" {max(_memory(call) for call in calls.values()) / 1e6:.0f} MB; times as fast as NumPy on 64 columns: {beside}"
+        )
+    return said
+
+
+def _cpu(call: Callable[[], object]) -> float:
+    """Least seconds of CPU of three calls, all threads together: a busy machine lengthens the others."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def _memory(call: Callable[[], object]) -> int:
+    """Most bytes of Python, NumPy and the core at once during a call, less what it gives back."""
+    _core._peak_bytes()
+    held = _core._live_bytes()
+    tracemalloc.start()
+    result = call()
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return python - np.asarray(result).nbytes + _core._peak_bytes() - held
+
+
+BENCHES: dict[str, Callable[[], list[str]]] = {
+    "opening": opening,
+    "loading": loading,
+    "comparing": comparing,
+    "encoding": encoding,
+    "adding": adding,
+}
 
 
 def machine() -> str:

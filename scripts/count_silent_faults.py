@@ -1,4 +1,4 @@
-"""How many planted faults can the text show?  Every catalogue fault at every site of the embedded model, one at a time.
+"""How many planted faults can the text show?  Six catalogue faults at every site of the embedded model, one at a time.
 
 ``python scripts/count_silent_faults.py`` writes ``evidence/silent-faults/``: for each fault, whether the greedy answers to five prompts
 change, and whether ``bisect`` names it at its stage and layer.
@@ -20,6 +20,8 @@ from aprender.sides.own import OwnSide
 
 PROMPTS = ("What is 2+2?", "What is 7+8?", "What is the capital of France?", "What is the opposite of hot?", "Who are you?")
 TOKENS = 16
+NAMES = ("transposed", "eps", "rope-pairs", "no-bias", "gqa-tile", "no-residual")
+"""The whole catalogue, at every site, is in ``fault_matrix.py``; texts are made for these."""
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     asked = [tokenizer.encode(prompt) for prompt in PROMPTS]
     right = [clean.generate(ids, TOKENS) for ids in asked]
     rows = []
-    for fault in faults.FAULTS.values():
+    for fault in (faults.FAULTS[name] for name in NAMES):
         for key in fault.sites(data["flags"], data["hparams"]):
             side = OwnSide(aprender.canary(), edits=fault.edits(*key, data["flags"]), spelling="canary.gguf")
             changed = sum(side.generate(ids, TOKENS) != answer for ids, answer in zip(asked, right, strict=True))
@@ -45,7 +47,7 @@ def main() -> None:
     named = {True: "yes", False: "no"}
     body = "\n".join(f"| {row['fault']} | {row['site']} | {row['answers_changed']} | {named[row['named']]} |" for row in rows)
     text = (
-        "# silent-faults\n\nHow many planted faults can the text show? Each of the six catalogue faults at each of its sites in the"
+        "# silent-faults\n\nHow many planted faults can the text show? Each of six catalogue faults at each of its sites in the"
         f" embedded model, one at a time; {TOKENS} greedy tokens for each of {json.dumps(PROMPTS)}.\n\n"
         "```\n$ python scripts/count_silent_faults.py\n```\n\n"
         f"**{len(rows)} faults: {silent} leave all {len(PROMPTS)} answers unchanged; {sum(row['named'] for row in rows)} are named by"

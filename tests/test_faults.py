@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,30 @@ import tiny
 from aprender import _core, stages
 from aprender.errors import ArgumentError, UnknownName
 from aprender.judge import faults
-from aprender.judge.faults import FAULTS, plant
+from aprender.judge.faults import CONTROLS, FAULTS, plant
 from aprender.sides import own
 
 QWEN2, LLAMA, QWEN3 = (tiny.Shape(arch) for arch in tiny.ARCHS)
 BIASED = tiny.Shape("llama", attention_bias=True)
+
+# Rows of params.def with edit YES, and what a change can be of.
+EDITABLE = {
+    "eps",
+    "scale",
+    "theta",
+    "pairing",
+    "kv_div",
+    "kv_mod",
+    "mask_offset",
+    "window",
+    "act",
+    "pos_scale",
+    "pos_step",
+    "pos_shift",
+    "a",
+    "b",
+}
+CHANGED = {"hparams", "positions", "table", "weights", "biases", "inputs", "scores", "mask", "rotation", "heads", "act", "output"}
 
 # One row of each fault: the stages where the bug catalogue (bugs.md: B30, B13, B01, B16, B19, B45) says that it first shows.
 SHOWS = {
@@ -29,9 +49,83 @@ SHOWS = {
 }
 
 
-def test_the_six_names():
-    assert set(FAULTS) == set(SHOWS)
-    assert all(row.name == name and row.text for name, row in FAULTS.items())
+ALL = {**FAULTS, **CONTROLS}
+
+
+def test_names():
+    assert set(SHOWS) <= set(FAULTS)
+    assert not set(FAULTS) & set(CONTROLS)
+    assert len(FAULTS) == len(faults.ROWS)
+    assert all(row.name == name and row.text and re.fullmatch("[a-z0-9-]+", name) for name, row in ALL.items())
+    assert all(bool(row.expect) == (name in CONTROLS) for name, row in ALL.items())
+    assert all(row.expect in {faults.AGREE, faults.REFUSED, faults.HEALS} for row in CONTROLS.values())
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_every_site_is_a_stage_and_every_edit_is_plain_data(name: str, shape: tiny.Shape):
+    row = ALL[name]
+    every = stages.keys(shape.flags, shape.layers)
+    sites = row.sites(shape.flags, shape.hparams)
+    assert sites == [key for key in every if key in sites]
+    for key in sites:
+        for edit in row.edits(*key, shape.flags):
+            check_edit(edit, key)
+
+
+def check_edit(edit: faults.Edit, key: stages.Key):
+    json.dumps(edit)
+    assert edit["layer"] == key[1]
+    kind = edit["target"]
+    if kind == "step":
+        assert edit["field"] in EDITABLE
+        assert ("value" in edit) != ("factor" in edit)
+    elif kind == "input":
+        assert edit["field"] in ("a", "b")
+        assert stages.stage(edit["origin"][0])
+    elif kind == "weight":
+        assert {edit["weight"], edit.get("origin", edit["weight"])} <= {row[0] for row in _core.WEIGHTS}
+        assert edit["transform"] in own.TRANSFORMS
+    elif kind == "value":
+        assert edit["transform"] in own.VALUES
+    else:
+        assert kind in {"pieces", "capture", "positions"}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_site_of_a_fault_has_its_prediction(name: str):
+    row = FAULTS[name]
+    assert set(row.at) == set(row.changes)
+    for changes in row.changes.values():
+        assert changes
+        assert all(change["of"] in CHANGED for change in changes)
+        json.dumps(changes)
+
+
+def test_where_it_must_show_on_a_side_that_hides_the_stage():
+    keys = stages.keys(QWEN2.flags, QWEN2.layers)
+    hidden = [key for key in keys if key[0] not in ("rope_table", "attn_scores", "attn_softmax")]
+    where = lambda key: faults.first_visible(key, hidden, QWEN2.flags, QWEN2.layers)  # noqa: E731
+    assert where(("rope_table", None)) == ("attn_norm", 0)
+    assert where(("attn_scores", 1)) == ("attention", 1)
+    assert where(("ffn_up", 0)) == ("ffn_up", 0)
+    assert faults.first_visible(("lm_head", None), keys[:-1], QWEN2.flags, QWEN2.layers) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "possible"),
+    [
+        ("embed-head", tiny.Shape(), True),
+        ("embed-head", tiny.Shape(tied=True), False),  # it is the head
+        ("bias-twice", LLAMA, False),
+        ("first-layer", tiny.Shape(layers=1), False),
+        ("gqa-first", tiny.Shape(kv_heads=1), False),
+        ("theta", tiny.Shape(theta=50.0), False),  # a hundredth would be less than 1
+        ("after-bias", LLAMA, False),
+    ],
+)
+def test_what_a_model_cannot_have(name: str, shape: tiny.Shape, possible: bool):
+    assert bool(ALL[name].sites(shape.flags, shape.hparams)) == possible
 
 
 @pytest.mark.parametrize("shape", [QWEN2, LLAMA, QWEN3, BIASED], ids=str)
@@ -106,7 +200,7 @@ def test_plant_refuses_with_a_hint():
 
 def test_listing_names_all():
     text = faults.listing()
-    assert all(name in text for name in FAULTS)
+    assert all(f"{name} " in text for name in ALL)
     assert "no place in this model" not in text
     assert "no place in this model" in faults.listing(LLAMA.flags, LLAMA.hparams)
 

@@ -351,7 +351,7 @@ NAMES = STAGES | OPS | FORMATS | ARCHS
 #: text/words.py knows pre-tokenizers by name, and kinds of vocabulary; two of them are called what an architecture is called.
 ALLOWED = {
     "mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "judge/ggml.py": OPS | FORMATS,
-    "text/words.py": {"qwen2", "llama"},
+    "text/words.py": {"qwen2", "llama"}, "judge/diagnose.py": OPS, "judge/shapes.py": {"BIAS"},
 }  # fmt: skip
 
 

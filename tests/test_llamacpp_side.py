@@ -24,6 +24,7 @@ from conftest import CANARY, PROMPT
 
 from aprender import arithmetic, bisect, run, trace
 from aprender.captures import Captures, aligned, open_captures
+from aprender.captures import save as save_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, UnknownName
 from aprender.judge import ggml, metrics, verdict
 from aprender.judge.verdict import StageResult
@@ -241,8 +242,9 @@ def test_ids_are_checked(save: Callable[..., Path]) -> None:
         side.capture([1, 112])
     with pytest.raises(ArgumentError, match="empty"):
         side.generate([], 3)
-    with pytest.raises(ArgumentError, match="positive"):
-        LlamaCppSide(side.path, threads=0)
+    for options in ({"threads": 0}, {"threads": 513}, {"chunk": 0}):
+        with pytest.raises(ArgumentError, match="is needed"):
+            LlamaCppSide(side.path, **options)
 
 
 @foreign
@@ -260,15 +262,28 @@ def test_a_model_that_it_refuses(peer: llamacpp.Peer, tmp_path: Path) -> None:
 
 
 @foreign
-def test_a_death_is_an_error(save: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """An assertion in the library: this process lives on, the message has its last words, and the command ends with 3."""
-    path = save(SHAPES[0], "F32")
-    side = LlamaCppSide(path)
-    side._options["threads"] = 1 << 20  # more than ggml's thread pool has room for
-    with pytest.raises(CannotRun, match=r"signal|ended with") as caught:
-        side.capture(IDS[:2])
+def test_a_death_is_an_error(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An assertion of ggml in the middle of a run: this process lives on, the message has its last words, and the command ends with 3."""
+    script = (
+        "import ctypes, sys\n"
+        "from aprender.sides import llamacpp_worker as worker\n"
+        "def decode(self, *_, **__):\n"
+        "    ctypes.CDLL('libggml-base.so').ggml_abort(b'ops.cpp', 17, b'GGML_ASSERT(%s) failed', b'a->ne[0] == 7')\n"
+        "worker.Engine.decode = decode\n"
+        "worker.main(sys.stdin, sys.stdout)\n"
+    )
+    path, run_worker = save(SHAPES[0], "F32"), subprocess.Popen
+
+    def other(command: list[str], **options: object) -> subprocess.Popen[str]:
+        libraries = {"LD_LIBRARY_PATH": str(find_libraries()), "GGML_NO_BACKTRACE": "1"}
+        return run_worker([sys.executable, "-c", script], **(options | {"env": options["env"] | libraries}))
+
+    monkeypatch.setattr(subprocess, "Popen", other)
+    with pytest.raises(CannotRun, match=r"ended by signal 6: .*ops\.cpp:17: GGML_ASSERT\(a->ne\[0\] == 7\) failed") as caught:
+        LlamaCppSide(path).capture(IDS[:2])
     assert caught.value.code == "DIED"
-    print(caught.value)
+    assert run.main([f"llama.cpp:{path}", "--prompt-ids", "1,2"]) == 3
+    assert "GGML_ASSERT" in capsys.readouterr().err
 
 
 # ---- clean runs --------------------------------------------------------------------------------------------------------
@@ -572,6 +587,21 @@ def test_bisect_against_hugging_face(save: Callable[..., Path], tmp_path: Path, 
 
 
 @foreign
+def test_bisect_names_what_an_engine_loaded_wrongly(save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages of an engine that says it runs a file, and multiplies with one block of it read wrongly: from a saved trace to the verdict."""
+    right = save(wide(SHAPES[0]), "Q4_K")
+    other = edited(right, "blk.0.ffn_down.weight", 144 * 5, one_ulp)
+    captures = LlamaCppSide(other).capture(IDS[:8])
+    claimed = Captures(captures, dataclasses.replace(captures.manifest, model_digest=OwnSide(right).digest))
+    save_captures(claimed, tmp_path / "stages")
+    assert bisect.main([f"saved:{tmp_path / 'stages'}", "--against", str(right), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert (said["finding"], len(said["wrong"])) == ("operation", 1)
+    assert (said["first"]["stage"], said["first"]["layer"], said["first"]["side"]) == ("ffn_out", 0, "subject")
+    print(said["sentence"])
+
+
+@foreign
 def test_run_and_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path, peer: llamacpp.Peer) -> None:
     name = f"llama.cpp:{CANARY / 'canary.gguf'}"
     assert run.main([name, "--prompt", PROMPTS[0]]) == 0
@@ -582,7 +612,8 @@ def test_run_and_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path, peer:
     saved = open_captures(out)
     assert saved.manifest.attestation is True
     assert saved.manifest.arithmetic["cpu"] == saved.manifest.tier
-    assert bisect.main([f"saved:{out}", "--against", str(CANARY / "canary.gguf"), "-q"]) == 0  # what needs no weights is judged
+    assert bisect.main([f"saved:{out}", "--against", str(CANARY / "canary.gguf"), "-q"]) == 0
+    assert "all 75 judged stages" in capsys.readouterr().out  # the file that its digest names is the reference's
 
 
 def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from what is before it, and the judged region spans it.  Called by ``judge.verdi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,9 @@ from aprender.judge.sums import Index
 from aprender.judge.witness import Float, HParams, ModelData, Weights
 from aprender.manifest import DERIVED, LAST, PAIRS
 from aprender.stages import Key, Stage
+
+Recipe = Callable[[Setting, Sequence[Operand]], Prediction]
+"""How one operation is replayed: ``judge.noise`` and ``judge.ggml`` have one per row of ``ops.def``."""
 
 LONGEST_REGION = 4
 """Stages that an estimate may span.  First-order propagation was measured over three (norm to down projection); a whole layer was not."""
@@ -159,6 +162,7 @@ class Replay:
         self.recipes, self.stored = PREDICT if profile.ggml is None else ggml.PREDICT, stored or {}
         self.sample, self.profile, self.hparams, self.flags, self.weights = sample, profile, hparams, flags, weights
         self.wires = wiring(flags, int(hparams["layers"]))
+        self.changes: Mapping[Key, Recipe] = {}  # recipes of a twin that replays a suspected fault; none in a judgement
         qd, kd = int(hparams["heads"]) * int(hparams["head"]), int(hparams["kv_heads"]) * int(hparams["head"])
         self._columns = {"Q": slice(0, qd), "K": slice(qd, qd + kd), "V": slice(qd + kd, qd + 2 * kd)}
 
@@ -169,6 +173,11 @@ class Replay:
         if model is None:
             return cls(Sample.of(captures), profile, m.hparams, m.flags, None)
         return cls(Sample.of(captures), profile, model.hparams, model.flags, model.weights, model.stored)
+
+    def operation(self, key: Key) -> str:
+        """The operation that a stage is judged as: a fused bias is part of the product before it."""
+        op = stages.stage(key[0]).op
+        return FUSED[op] if self.profile.fused_bias and op in FUSED else op
 
     def captured(self, key: Key) -> Float:
         """The captured value in float64, cut to the rows that this run computed (a cache may hold older ones)."""
@@ -228,7 +237,7 @@ class Replay:
             stored=self._stored(row.weight, key[1]) if self.profile.ggml and op in ggml.BY_FORMAT and row.weight else (),
             captured=captured,
         )
-        made = self.recipes[op](setting, operands)
+        made = self.changes.get(key, self.recipes[op])(setting, operands)
         return dataclasses.replace(made, shared=any(o.variance is not None for o in operands)), tuple(spans)
 
     def _operand(self, source: Source, last: bool, spans: list[Key]) -> Operand:

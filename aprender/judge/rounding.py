@@ -74,7 +74,7 @@ def variance(y: Float, fmt: Format, grid: Float | None = None) -> Float:
     if grid is not None:
         ratio = np.where(grid > 0, step / np.where(grid > 0, grid, 1.0), np.inf)
         v = np.where(ratio <= 1.0, 0.0, v * (1.0 + 2.0 / np.maximum(ratio, 1.0) ** 2))
-    v = np.where(np.abs(y) < step / 2, np.minimum(y * y, v), v)
+    v = np.where(np.abs(y) < step / 2, np.minimum(np.maximum(y * y, 2.0**-1000), v), v)  # the square of 1e-170 is 0, its error is not
     return np.where(y == 0, 0.0, v)
 
 

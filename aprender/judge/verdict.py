@@ -11,6 +11,7 @@ reason.  A local test accuses; a free difference only shows.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from aprender import stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.errors import NotComparable
+from aprender.judge.diagnose import BUDGET, UNKNOWN, Diagnosis, diagnose
 from aprender.judge.measure import Group, Measure, group_count, measure
 from aprender.judge.metrics import Distance
 from aprender.judge.replay import Replay, Unlike, Unmeasured, ancestors
@@ -29,7 +31,8 @@ from aprender.stages import Key
 
 EXACT, NOISE, WRONG, INHERITED = "exact", "noise", "wrong", "inherited"
 UNMEASURED, NOT_COMPARABLE = "unmeasured", "not_comparable"
-UNKNOWN = "unknown"
+DIAGNOSED = 3
+"""Wrong stages of a side, from the first, whose kind is looked for."""
 OPERATION, OVERFLOW = "operation", "overflow"
 SUBJECT, REFERENCE = "subject", "reference"
 
@@ -57,6 +60,8 @@ class StageResult:
         Elements that the declared arithmetic itself makes infinite.
     spans : tuple of Key
         Stages that were estimated and not captured: the region that was judged.
+    diagnosis : Diagnosis or None
+        What kind of fault it is; None for a stage that is not wrong, or not among the first that are.
     """
 
     stage: str
@@ -74,6 +79,7 @@ class StageResult:
     confidence: float = 0.0
     overflowed: int = 0
     spans: tuple[Key, ...] = ()
+    diagnosis: Diagnosis | None = field(default=None, repr=False)
 
     @property
     def key(self) -> Key:
@@ -121,7 +127,15 @@ def local(captures: Captures, model: ModelData | None, profile: Profile, rule: R
     replay = Replay.of(captures, model, profile)
     gates = _gates(replay, rule or Rule())
     results = [_judge(replay, key, gates, profile.band) for key in replay.wires]
-    return _inherit(results, replay)
+    return _inherit(_diagnosed(results, replay, gates, profile.band), replay)
+
+
+def _diagnosed(results: list[StageResult], replay: Replay, gates: Gates, band: float) -> list[StageResult]:
+    """The first wrong stages with the kind of their fault."""
+    first = [r.key for r in results if r.state == WRONG][:DIAGNOSED]
+    end = time.thread_time() + BUDGET
+    found = {key: diagnose(replay, key, gates, band, end - time.thread_time()) for key in first}
+    return [dataclasses.replace(r, diagnosis=found.get(r.key)) for r in results]
 
 
 def _gates(replay: Replay, rule: Rule) -> Gates:
@@ -218,6 +232,7 @@ class Fault:
     kind: str
     confidence: float
     reason: str = ""
+    diagnosis: Diagnosis | None = field(default=None, repr=False)
 
     @property
     def key(self) -> Key:
@@ -289,6 +304,10 @@ class Verdict:
     rows: tuple[Row, ...] = field(repr=False)
     probes: tuple[str, ...] = ()
 
+    def led_by(self, finding: str, sentence: str) -> Verdict:
+        """The same judgement of the stages, led by a finding that is no stage's."""
+        return dataclasses.replace(self, verdict="divergence", finding=finding, sentence=sentence)
+
     def to_json(self) -> dict[str, object]:
         """One object with the keys that scripts rely on."""
         return {
@@ -297,6 +316,7 @@ class Verdict:
             "finding": self.finding,
             "first": None if self.first is None else self.first.to_json(),
             "wrong": [fault.to_json() for fault in self.wrong],
+            "diagnosis": None if self.first is None or self.first.diagnosis is None else self.first.diagnosis.to_json(),
             "compared": self.compared,
             "unmeasured": [{"layer": r.layer, "stage": r.stage, "reason": r.reason} for r in self.unmeasured],
             "probes": list(self.probes),
@@ -368,7 +388,11 @@ def _row(key: Key, own: StageResult | None, other: StageResult | None, free: Dis
 
 def _faults(side: str, results: Iterable[StageResult]) -> list[Fault]:
     """What is wrong with one side, and where its declared arithmetic is too narrow."""
-    wrong = [Fault(side, r.layer, r.stage, UNKNOWN, r.confidence, r.reason) for r in results if r.state == WRONG]
+    wrong = [
+        Fault(side, r.layer, r.stage, r.diagnosis.kind if r.diagnosis else UNKNOWN, r.confidence, r.reason, r.diagnosis)
+        for r in results
+        if r.state == WRONG
+    ]
     narrow = [
         Fault(side, r.layer, r.stage, OVERFLOW, 1.0, f"{r.overflowed} elements overflow, as the declared arithmetic does")
         for r in results

@@ -151,11 +151,20 @@ def silu(x: Float) -> Float:
 # ---- the forward pass ------------------------------------------------------------------------------------------------------------------
 
 
+Disturb = Callable[[Key, Float], Float]
+"""What becomes of a stage's value before anything reads it."""
+
+
+def _as_is(key: Key, value: Float) -> Float:
+    """The definition, undisturbed."""
+    return value
+
+
 class _Layer:
     """The weights of one layer by name, the values that it produces, and the model's flags."""
 
-    def __init__(self, model: ModelData, index: int, out: dict[Key, Float]) -> None:
-        self.model, self.index, self.out = model, index, out
+    def __init__(self, model: ModelData, index: int, out: dict[Key, Float], disturb: Disturb) -> None:
+        self.model, self.index, self.out, self.disturb = model, index, out, disturb
         self.head, self.eps = int(model.hparams["head"]), float(model.hparams["eps"])
         self.qd, self.kd = int(model.hparams["heads"]) * self.head, int(model.hparams["kv_heads"]) * self.head
 
@@ -163,6 +172,7 @@ class _Layer:
         return self.model.weights[name, self.index]
 
     def keep(self, stage: str, value: Float) -> Float:
+        value = self.disturb((stage, self.index), value)
         self.out[stage, self.index] = value
         return value
 
@@ -253,24 +263,32 @@ def forward(model: ModelData, ids: Sequence[int]) -> dict[Key, Float]:
     if len(ids) == 0 or not all(0 <= i < vocab for i in ids):
         raise ArgumentError(f"token ids must be one or more, each from 0 to {vocab - 1}", code="ARGUMENT", field="tokens")
     try:
-        return dict(_steps(model, ids))
+        return dict(steps(model, ids))
     except KeyError as missing:
         raise ConfigError(f"the witness needs a weight or hyper-parameter that was not given: {missing}", code="MISSING") from missing
 
 
-def _steps(model: ModelData, ids: Sequence[int]) -> Iterator[tuple[Key, Float]]:
-    """The whole pass, top to bottom; yields what each part has produced."""
+def steps(model: ModelData, ids: Sequence[int], disturb: Disturb = _as_is) -> Iterator[tuple[Key, Float]]:
+    """The whole pass, top to bottom; yields what each part has produced, a layer at a time.
+
+    Parameters
+    ----------
+    model : ModelData
+    ids : sequence of int
+    disturb : callable, optional
+        (stage, layer) and value to the value that goes on: how rounding noise is carried through a whole pass.
+    """
     weights, hp = model.weights, model.hparams
     positions = np.arange(len(ids))
     allowed = causal(positions, positions)
-    hidden = embedding(weights["token_embd", None], ids)
+    hidden = disturb(("embedding", None), embedding(weights["token_embd", None], ids))
     yield ("embedding", None), hidden
-    table = rope_table(positions, float(hp["theta"]), int(hp["head"]))
+    table = disturb(("rope_table", None), rope_table(positions, float(hp["theta"]), int(hp["head"])))
     yield ("rope_table", None), table
     for i in range(int(hp["layers"])):
         out: dict[Key, Float] = {}
-        hidden = _layer(_Layer(model, i, out), hidden, table, allowed)
+        hidden = _layer(_Layer(model, i, out, disturb), hidden, table, allowed)
         yield from out.items()
-    normed = rms_norm(hidden, weights["output_norm", None], float(hp["eps"]))
+    normed = disturb(("final_norm", None), rms_norm(hidden, weights["output_norm", None], float(hp["eps"])))
     yield ("final_norm", None), normed
-    yield ("lm_head", None), linear(normed, weights["output", None])
+    yield ("lm_head", None), disturb(("lm_head", None), linear(normed, weights["output", None]))

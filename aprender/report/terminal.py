@@ -177,10 +177,14 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
         sides.append(("reference", _side_text(data["reference"])))
     if report.prompt is not None:
         sides.append(("prompt", f"{report.prompt!r} ({len(data['tokens'])} tokens)"))
+    first = report.first
+    if first is not None and first.diagnosis is not None:
+        head.append("\n" + first.diagnosis.sentence, style="not bold")
     parts: list[RenderableType] = [head, Text(), _labelled(sides), Text()]
     if data["stages"]:
         parts += [stage_table(data["stages"], verbose), Text()]
     tail = list(report.answers)
+    tail += [(f"probe {outcome.probe}", f"{outcome.state.replace('_', ' ')}: {outcome.text}") for outcome in report.probed]
     tail += [("note", note) for note in report.notes]
     tail.append(("reproduce", report.reproduce))
     return Group(*parts, _labelled(tail))

@@ -201,6 +201,12 @@ class HFSide:
         return {"arch": self.arch, "flags": self.flags, "hparams": dict(self.hparams), "weights": HeldWeights(self.model, self._names)}
 
     @functools.cached_property
+    def origin(self) -> Path | None:
+        """The folder that the parameters were loaded from: config.json's."""
+        path = _file(self.name, "config.json", self.offline)
+        return path.parent if path else None
+
+    @functools.cached_property
     def digest(self) -> str | None:
         """SHA-256 of model.safetensors, hexadecimal (what ``sha256sum`` prints); None for a model in several files."""
         path = _file(self.name, "model.safetensors", self.offline)

@@ -46,6 +46,9 @@ PROFILES: Mapping[str, str] = {"f32": "ggml-cpu", "f16": "ggml-cpu-f16"}
 CHUNK = 512
 """Tokens that are computed at once: llama.cpp's own default."""
 
+MOST_THREADS = 512
+"""As many as ggml has room for; it does not refuse more, it goes on to start them."""
+
 CONTAINER = "gguf"
 """The one container that llama.cpp reads."""
 
@@ -114,8 +117,10 @@ class LlamaCppSide:
         cpu: str | None = None,
         spelling: str | None = None,
     ) -> None:
-        if chunk < 1 or (threads is not None and threads < 1):
-            raise ArgumentError(f"chunk {chunk} and threads {threads}: positive numbers are needed", code="ARGUMENT")
+        if chunk < 1:
+            raise ArgumentError(f"chunk {chunk}: a positive number of tokens is needed", code="ARGUMENT", field="chunk")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ArgumentError(f"threads {threads}: a number from 1 to {MOST_THREADS} is needed", code="ARGUMENT", field="threads")
         self.path = Path(path)
         self.spelling = spelling or f"{ENGINE}:{path}"
         self.folder = find_libraries()
@@ -123,7 +128,12 @@ class LlamaCppSide:
         self.source = OwnSide(path, spelling=self.spelling)
         if self.source.file.container != CONTAINER:
             raise ConfigError(f"{path}: llama.cpp reads GGUF, this is {self.source.file.container}", code="UNSUPPORTED", path=str(path))
-        self._options: dict[str, Any] = {"threads": threads or len(os.sched_getaffinity(0)), "chunk": chunk, "cpu": cpu, "cache": cache}
+        self._options: dict[str, Any] = {
+            "threads": threads or min(len(os.sched_getaffinity(0)), MOST_THREADS),
+            "chunk": chunk,
+            "cpu": cpu,
+            "cache": cache,
+        }
 
     @property
     def digest(self) -> str:

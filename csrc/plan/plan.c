@@ -65,6 +65,7 @@ static void plan_params(const ap_model *m, ap_step *s, int T, int pos) {
     s->eps = h->eps; s->theta = h->theta; s->scale = 1.0 / sqrt((double)h->head);
     s->kv_div = h->heads / h->kv_heads; s->kv_mod = h->kv_heads;
     s->heads = h->heads; s->head = h->head; s->pos = pos; s->keys = pos + T;
+    s->pos_scale = s->pos_step = 1;
 }
 
 static void plan_step(plan_walk *w, int stage, int layer) {
@@ -132,7 +133,7 @@ static int plan_input_ok(const ap_plan *p, int i, int was, int in) {
 static int plan_step_ok(const ap_plan *p, int i, const ap_step *was) {
     const ap_step *s = &p->s[i];
     return plan_input_ok(p, i, was->a, s->a) && plan_input_ok(p, i, was->b, s->b) && s->kv_div >= 1 && s->kv_mod >= 1 && s->kv_mod <= was->kv_mod
-        && s->window >= 0 && (s->pairing == 0 || s->pairing == 1) && s->theta >= 1 && isfinite(s->theta);
+        && s->window >= 0 && s->act >= 0 && s->act <= 2 && (s->pairing == 0 || s->pairing == 1) && s->theta >= 1 && isfinite(s->theta);
 }
 
 int ap_plan_edit(ap_plan *p, const ap_edit *edit, ap_err *e) {

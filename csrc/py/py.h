@@ -34,6 +34,9 @@ PyObject *ap_encode(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_dequantize(PyObject *module, PyObject *args, PyObject *kw);
 
 PyObject *ap_measure_compare(PyObject *module, PyObject *args, PyObject *kw);
+PyObject *ap_measure_estimate(PyObject *module, PyObject *args, PyObject *kw);
+PyObject *ap_measure_exact(PyObject *module, PyObject *args, PyObject *kw);
+PyObject *ap_measure_lanes(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_read_aprt(PyObject *module, PyObject *path);
 
 PyObject *ap_file_array(PyObject *file, const uint8_t *data, int nd, const npy_intp *dim);   /* bytes of a tensor: a view, or of a mapped file a copy */

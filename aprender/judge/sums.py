@@ -114,6 +114,12 @@ def _weights(w: NDArray[Any]) -> NDArray[Any]:
     return w if w.dtype == np.float32 else _float64(w)
 
 
+def is_float32(dot: Dot) -> bool:
+    """Whether all operands are float32 numbers: only such can be emulated."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(np.array_equal(a.astype(np.float32, copy=False), a, equal_nan=True) for a in (dot.x, dot.w))
+
+
 def _float32(a: NDArray[Any]) -> NDArray[np.float32]:
     """The same numbers; what is emulated with others than the engine had would be wrong in silence."""
     with np.errstate(over="ignore", invalid="ignore"):

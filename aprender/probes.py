@@ -360,6 +360,7 @@ def combine(prompt: Verdict, outcomes: Sequence[Outcome], attested: bool | None 
     """The verdict that rests on the prompt and on all probes that ran.
 
     A side whose result depends on the run or on being watched is told first; then what is wrong on the prompt; then what a probe found.
+    But where the prompt only leaves something unexplained, a probe that names the operation comes first.
 
     Parameters
     ----------
@@ -374,7 +375,10 @@ def combine(prompt: Verdict, outcomes: Sequence[Outcome], attested: bool | None 
     if attested is False and not any(outcome.finding == HEISENBUG for outcome in found):
         found.append(_bits(PROMPT, prompt.tokens, HEISENBUG, _unattested(), ""))
     found.sort(key=lambda outcome: outcome.finding not in UNSTABLE)  # stable: else in the order of the rows
-    if not found or (prompt.finding is not None and found[0].finding not in UNSTABLE):
+    if prompt.finding == UNEXPLAINED:
+        found.sort(key=lambda outcome: (outcome.finding not in UNSTABLE, outcome.finding == UNEXPLAINED))
+    named = bool(found) and prompt.finding == UNEXPLAINED and found[0].finding != UNEXPLAINED
+    if not found or (prompt.finding is not None and not named and found[0].finding not in UNSTABLE):
         more = f" Probes {', '.join(outcome.probe for outcome in ran)} find nothing more." if ran and not found else ""
         more = more or (f" Probe {found[0].probe} diverges too." if found else "")
         return dataclasses.replace(judged, sentence=judged.sentence + more)

@@ -391,7 +391,7 @@ def test_trace_counts_what_is_not_finite(
     call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = {"target": "weight", "weight": "ffn_down", "layer": 1, "transform": "zero"}
-    monkeypatch.setitem(own_transforms(), "zero", lambda weight: np.full_like(weight, np.inf))
+    monkeypatch.setitem(own_transforms(), "zero", lambda weight, edit, size: np.full_like(weight, np.inf))
     side = OwnSide(GGUF, edits=[broken])
     monkeypatch.setattr("aprender.sides.open_side", lambda spelling: side)
     code, out, _ = call(trace, GGUF, "--prompt-ids", "1,2", "-o", tmp_path / "out", "--json")

@@ -157,12 +157,24 @@ def _code_bits(name: str, random: np.random.Generator) -> NDArray[np.intp]:
         most = np.maximum(most, moved.sum(1))
         alone = moved.sum(1) == 1
         owner[alone] = moved[alone].argmax(1)
-    return np.array([np.flatnonzero((most == 1) & (owner == value)) for value in range(_ROWS[name][3])])
+    found = [np.flatnonzero((most == 1) & (owner == value)) for value in range(_ROWS[name][3])]
+    return np.array(found if len({len(one) for one in found}) == 1 else np.empty((len(found), 0)), np.intp)
+
+
+CODES = 0.75
+"""Least share of a block's bits that are codes of single values: 0.76 (Q2_K) and more where each value has its own; 0.3 (IQ3_S) and less
+where several share a point of a codebook."""
+
+
+@functools.cache
+def separable(name: str) -> bool:
+    """Whether each value of a block has bits of its own, so that a cell can be told for it."""
+    return _code_bits(name, np.random.default_rng(0)).size >= CODES * 8 * _ROWS[name][4]
 
 
 @functools.cache
 def layout(name: str) -> Layout:
-    """The layout of a format with blocks, found once."""
+    """The layout of a format with blocks whose values are separable, found once."""
     random = np.random.default_rng(0)
     bits, size = _code_bits(name, random), _ROWS[name][4]
     width = bits.shape[1]
@@ -322,6 +334,11 @@ class Tensor:
         """Whether its values are rounded more than a float32 is."""
         return bool(self.block > 1 or self.size <= 2)
 
+    @property
+    def celled(self) -> bool:
+        """Whether the cells of its values are known: not those of a codebook, of which several values share one code."""
+        return self.block == 1 or separable(self.name)
+
     def pieces(self, values: int) -> Iterator[slice]:
         """Rows in pieces of about so many values, whole heads and whole blocks together."""
         unit = max(self.pairs, self.block if self.packing == _FLAT else 1, 1)
@@ -375,7 +392,7 @@ class Tensor:
         """Cells of some rows, each array [rows, columns]."""
         blocks, count, decode = self._take(where)
         values = decode(blocks).astype(np.float64)
-        if not self.coarse:
+        if not self.coarse or not self.celled:
             return Cells(values, values, np.zeros_like(values), values, values)
         if self.block > 1:
             wide = self.packing != _FLAT and self.cols % self.block == 0

@@ -373,7 +373,12 @@ def compare(
         return Found(IDENTICAL, weigh(View(a), View(a), tell))
     if a.count and (a.rows, a.cols) == (b.rows, b.cols):
         found = _judged(View(a), View(b), weigh(View(a), View(b), tell))
-        return found if found.state in EXPLAINED else _searched(a, b, found, tuple(heads), others)
+        if found.state in EXPLAINED:
+            return found
+        books = sorted({side.name for side in (a, b) if not side.celled})
+        if books:
+            return replace(found, text=f"{' and '.join(books)} stores points of a codebook: whether rounding explains this cannot be told")
+        return _searched(a, b, found, tuple(heads), others)
     if a.shape == b.shape:
         return Found(EQUAL, Tally())
     if (a.rows, a.cols) == (b.cols, b.rows) and (turned := _verified(View(a, turned=True), View(b))):

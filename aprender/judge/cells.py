@@ -169,7 +169,7 @@ where several share a point of a codebook."""
 @functools.cache
 def separable(name: str) -> bool:
     """Whether each value of a block has bits of its own, so that a cell can be told for it."""
-    return _code_bits(name, np.random.default_rng(0)).size >= CODES * 8 * _ROWS[name][4]
+    return bool(_code_bits(name, np.random.default_rng(0)).size >= CODES * 8 * _ROWS[name][4])
 
 
 @functools.cache

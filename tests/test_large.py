@@ -249,7 +249,7 @@ def test_another_handler_of_bus_errors_is_left_alone() -> None:
         "print(view[5000])\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "5000" not in ran.stdout
+    assert ran.stdout == ""  # nothing was read
     if "libasan" in os.environ.get("LD_PRELOAD", ""):  # the sanitizer's handler came before, and reports in its own file
         assert ran.returncode not in (0, -signal.SIGSEGV)
         return

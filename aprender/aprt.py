@@ -513,8 +513,8 @@ def open_file(path: str | os.PathLike[str], ids: Sequence[int] | None = None) ->
         See :func:`open_tree`.
     """
     file = Path(path)
+    number, values = _core.read_aprt(file)  # first: of a file that is none of these, its name would only mislead
     row = stages.stage(file.name.removesuffix(ENDING))
-    number, values = _core.read_aprt(file)
     key: Key = (row.name, number if row.per_layer else None)
     folder = _LAYER.fullmatch(file.absolute().parent.name)
     if row.per_layer and (number is None or (folder and int(folder[1]) != number)):

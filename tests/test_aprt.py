@@ -614,3 +614,12 @@ def logged(work: Callable[[], Any], folder: Path) -> list[tuple[str, str]]:
     with steps(lambda what, path: log.append((what, os.path.relpath(path, folder)))):
         work()
     return log
+
+
+def test_a_file_that_is_no_aprt_is_told_so(tmp_path: Path) -> None:
+    """Whatever it is called: not that its name is no stage."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(FormatError, match="not with 'APRT'") as caught:
+        aprt.open_file(path)
+    assert caught.value.code == "BAD_MAGIC"

@@ -6,7 +6,7 @@ lists stages, operations, weights or formats.
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, TypedDict, final
 
 import numpy as np
 from _typeshed import structseq
@@ -222,24 +222,26 @@ def dequantize(format: str, data: Buffer, shape: tuple[int, ...], /, *, tier: st
         A tier that does not exist here.
     """
 
-def compare(a: NDArray[np.float32], b: NDArray[np.float32], /, *, limit: int = 0, threads: int = 0) -> dict[str, Any]:
-    """What one pass over two float32 arrays of one size says of them; the same bits for any number of threads.
+def compare(
+    a: NDArray[np.float32], b: NDArray[np.float32], /, *, limit: int = 0, threads: int = 0, tier: str | None = None
+) -> dict[str, Any]:
+    """What one pass over two float32 arrays of one size says of them; the same bits for any number of threads and any CPU tier.
 
     Returns
     -------
     dict
         Counts ``bits_equal``, ``value_equal`` (0 and -0 are, so are two NaN), ``nan_a``, ``nan_b`` (in one alone), ``nan_both``,
         ``inf_unlike`` and ``finite`` (pairs); over the finite pairs the sums ``a b aa bb`` (of a, b and their squares), ``dd`` of (a - b)^2
-        and ``ab`` of (a - b)(a + b), ``max_abs`` and its first place ``max_at``, ``max_ulp`` in float32 steps; ``first`` place whose bits
-        differ (-1: none); ``top``, the ``limit`` places that differ most as (place, gap): gap 2e300 where one is NaN, 1e300 where an
-        infinity meets something else.
+        and ``ab`` of (a - b)(a + b), ``max_abs`` and its first place ``max_at``, ``max_ulp`` in float32 steps; ``over``, those more than
+        1, 16, 256 and 65536 steps apart; ``first`` place whose bits differ (-1: none); ``top``, the ``limit`` places that differ most as
+        (place, gap): gap 2e300 where one is NaN, 1e300 where an infinity meets something else.
 
     Raises
     ------
     TypeError
         Not float32.
     ValueError
-        Different sizes.
+        Different sizes, or a tier that is not there.
     """
 
 def estimate_sums(
@@ -401,6 +403,11 @@ class Run:
         Changes of the plan; None as the layer of a layer stage means every layer.
     overrides : dict {(weight, layer or None): array}, optional
         Values in place of weights, Hugging Face lane order; copied.
+    backend : {"cpu", "cuda"}, optional
+        The device; ``cpu`` if not given.  The one that is asked for is used, or DeviceError raised.
+    mode : {"auto", "eager", "checked"}, optional
+        Of ``cuda``: single tokens as a graph and longer pieces kernel by kernel; everything kernel by kernel; the same, with errors and
+        the guards round all buffers looked at after each kernel.  The bits do not depend on it.
 
     Raises
     ------
@@ -408,6 +415,8 @@ class Run:
         A stage, field, weight or tier that does not exist here.
     ArgumentError
         An edit that would lead an operation out of its arrays, or an override of the wrong size.
+    DeviceError
+        The library of the backend or its device is not there, or has too little memory (DeviceMemoryError).
     """
 
     def __new__(
@@ -418,6 +427,8 @@ class Run:
         tier: str | None = None,
         edits: Sequence[tuple[str, int | None, str, float]] | None = None,
         overrides: dict[tuple[str, int | None], NDArray[np.float32]] | None = None,
+        backend: str | None = None,
+        mode: str | None = None,
     ) -> Run: ...
     @property
     def model(self) -> Model: ...
@@ -427,7 +438,13 @@ class Run:
     @property
     def backend(self) -> str: ...
     @property
-    def tier(self) -> str: ...
+    def tier(self) -> str:
+        """Instruction set in use, or the device's name."""
+    @property
+    def mode(self) -> str: ...
+    @property
+    def path(self) -> str | None:
+        """What ran for the last request, in words (kernels, graph); None where there is one way only."""
     def forward(
         self,
         tokens: Sequence[int],
@@ -487,6 +504,20 @@ class Run:
 
         Each a dict: stage, layer, op, rows, cols, k, weights [(weight, bias, columns)], and every field of ``csrc/plan/params.def``.
         """
+
+class _Cuda(TypedDict):
+    built: bool
+    library: str
+    compiler: str | None
+    devices: list[str]
+    reason: str | None
+
+def cuda() -> _Cuda:
+    """What there is of CUDA, without asking for it.
+
+    Whether the library is built, where it is or was looked for, what compiled it, one line per device, and why none can be used (None:
+    one can).
+    """
 
 # ---- for tests -------------------------------------------------------------------------------------------------------
 

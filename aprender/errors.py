@@ -78,3 +78,7 @@ class CannotRun(Error, RuntimeError):
 
 class DeviceError(Error, RuntimeError):
     """A device that was asked for is missing or failed."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A device has too little memory; the message has the bytes needed and the bytes free."""

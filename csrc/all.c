@@ -73,6 +73,7 @@
 #include "cpu/elementwise.c"
 /* 5 run: the step loop */
 #include "run/run.c"
+#include "run/plugin.c"
 /* 6 py: the binding */
 #include "py/tables.c"
 #include "py/errors.c"

@@ -39,7 +39,7 @@ def main() -> None:
     for name, bits in BITS.items():
         made = points(name, bits)
         assert len(set(made)) == len(made), "every point once"
-        text += f"\nconst uint16_t ap_{name.lower()}_grid[{len(made)}] = {{\n"
+        text += f"\nAP_GRID uint16_t ap_{name.lower()}_grid[{len(made)}] = {{\n"
         for i in range(0, len(made), 16):
             text += "    " + ", ".join(f"0x{point:04X}" for point in made[i : i + 16]) + ",\n"
         text += "};\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from aprender import _core
-from aprender.judge import elements
+from aprender.judge import elements, metrics
 
 Floats = NDArray[np.float32]
 
@@ -48,13 +48,14 @@ def witness(a: Floats, b: Floats) -> dict[str, object]:
     rank = [
         np.where(v.view(np.int32) < 0, -(v.view(np.int32) & 0x7FFFFFFF).astype(np.int64), v.view(np.int32)) for v in (a[finite], b[finite])
     ]
-    places = np.flatnonzero(finite)
+    places, apart = np.flatnonzero(finite), np.abs(rank[0] - rank[1])
     return {
+        "over": tuple(int(np.sum(apart > steps)) for steps in (1, 16, 256, 65536)),
         "bits_equal": int(np.sum(~differ)), "value_equal": int(np.sum(equal)), "nan_a": int(np.sum(nan_a & ~nan_b)),
         "nan_b": int(np.sum(nan_b & ~nan_a)), "nan_both": int(np.sum(nan_a & nan_b)),
         "inf_unlike": int(np.sum(~finite & ~nan_a & ~nan_b & ~equal)), "finite": int(finite.sum()),
         "max_abs": float(gap.max(initial=0)), "max_at": int(places[gap.argmax()]) if gap.any() else -1,
-        "max_ulp": int(np.abs(rank[0] - rank[1]).max(initial=0)), "first": int(differ.argmax()) if differ.any() else -1,
+        "max_ulp": int(apart.max(initial=0)), "first": int(differ.argmax()) if differ.any() else -1,
     }  # fmt: skip
 
 
@@ -116,6 +117,27 @@ def test_threads_change_no_bit(n: int) -> None:
     assert _core.compare(a, b, limit=7, threads=2) != first
 
 
+TIERS = [row[0] for row in _core.TIERS if row[1]]
+
+
+@pytest.mark.parametrize("n", [0, 5, 8, 4095, 4096, 50_003])
+@pytest.mark.parametrize("plant", [None, np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45], ids=str)
+def test_every_tier_says_the_same(n: int, plant: float | None) -> None:
+    """A block of numbers alone takes another way than one with a NaN or an infinity: bits, sums and places are the same."""
+    a, b = pair(n, 3)
+    if plant is not None and n:
+        b[[0, n // 2, n - 1]] = plant
+        a[n // 2] = plant
+    said = [_core.compare(a, b, limit=5, tier=tier) for tier in TIERS]
+    assert all(other == said[0] for other in said)
+    check(a, b)
+
+
+def test_a_tier_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="CPU tier sse9 is unknown here"):
+        _core.compare(*pair(8), tier="sse9")
+
+
 @pytest.mark.parametrize("limit", [0, 1, 3, 10, 5000])
 @pytest.mark.parametrize("plant", [lambda b: None, lambda b: b.__setitem__(slice(9, 20000, 4999), np.nan)], ids=["numbers", "NaN"])
 def test_the_places_that_differ_most(limit: int, plant: Callable[[Floats], None]) -> None:
@@ -142,6 +164,23 @@ def test_small_angles_do_not_cancel() -> None:
     assert scaled.cos_distance is not None
     assert scaled.cos_distance < 1e-15
     assert scaled.rel_l2 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-3, 10.0])
+def test_the_distance_of_float32_is_that_of_float64(spread: float) -> None:
+    """The core's pass beside NumPy's own norms in float64; figures that do not exist are None on both ways."""
+    a, b = pair(10_000, spread=spread)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    found = metrics.distance(a, b)
+    assert found.rel_l2 == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y), rel=1e-12)
+    assert found.norm_ratio == pytest.approx(np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
+    apart = float(np.square(x / np.linalg.norm(x) - y / np.linalg.norm(y)).sum() / 2)
+    assert found.cos_distance == pytest.approx(apart, rel=1e-6, abs=1e-30)
+    assert metrics.distance(x, y).cos_distance == pytest.approx(apart, rel=1e-6, abs=1e-30)
+    zero = np.zeros_like(a)
+    assert metrics.distance(a, zero) == metrics.distance(x, zero) == metrics.Distance(a.size, None, None, None)
+    a[3] = np.nan
+    assert metrics.distance(a, b) == metrics.Distance(a.size, None, None, None, (1, 0))
 
 
 def test_unlike_things_are_refused() -> None:

@@ -1,6 +1,6 @@
 /*
 ** math.h: exp, log, sine and cosine of our own, in plain float64 without contraction, because libm gives different bits on different CPUs.  Good to about
-** 1e-15 relative over the ranges stated; callers round once to float32, so the result is the correctly rounded one but for about one in 10^7.
+** 1e-15 relative over the ranges stated; callers round once to float32, so the result is the correctly rounded one but for about one in 10^7.  The GPU runs the same lines.
 ** Series are Taylor's; the degree is the first whose next term is below 1e-17 at the edge of the reduced range.
 */
 #ifndef AP_MATH_H
@@ -8,15 +8,16 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "hd.h"
 
 /* Nearest integer of |x| < 2^51, by the rounding of the addition itself. */
-static inline double ap_rint(double x) {
+AP_HD double ap_rint(double x) {
     const double magic = 6755399441055744.0;                  /* 1.5 * 2^52 */
     volatile double y = x + magic;                            /* volatile: the pair must not be folded away */
     return y - magic;
 }
 
-static inline double ap_two_to(int k) {                       /* 2^k, -1022 <= k <= 1023 */
+AP_HD double ap_two_to(int k) {                       /* 2^k, -1022 <= k <= 1023 */
     uint64_t bits = (uint64_t)(k + 1023) << 52;
     double y;
     memcpy(&y, &bits, sizeof y);
@@ -24,7 +25,7 @@ static inline double ap_two_to(int k) {                       /* 2^k, -1022 <= k
 }
 
 /* exp(x); 0 below -708, inf above 709: far outside what float32 holds. */
-static inline double ap_exp(double x) {
+AP_HD double ap_exp(double x) {
     if (x != x) return x;
     if (x < -708) return 0;
     if (x > 709) return (double)INFINITY;
@@ -38,7 +39,7 @@ static inline double ap_exp(double x) {
 }
 
 /* log(x) of a positive normal x: mantissa in [sqrt 1/2, sqrt 2), then the odd series of (m-1)/(m+1) to s^23. */
-static inline double ap_log(double x) {
+AP_HD double ap_log(double x) {
     int e;
     double m = frexp(x, &e);
     if (m < 0.70710678118654752) { m *= 2; e--; }
@@ -48,7 +49,7 @@ static inline double ap_log(double x) {
 }
 
 /* sin and cos of |x| < 2^20: pi/2 in three parts of 33 bits, so that the multiples are exact. */
-static inline void ap_sincos(double x, double *sin_x, double *cos_x) {
+AP_HD void ap_sincos(double x, double *sin_x, double *cos_x) {
     double q = ap_rint(x * 0.63661977236758134308);
     double r = ((x - q * 1.57079632673412561417e+00) - q * 6.07710050630396597660e-11) - q * 2.02226624879595063154e-21;
     double z = r * r, s = 1.0 / 355687428096000.0, c = 1.0 / 6402373705728000.0;           /* 1/17!, 1/18! */

@@ -40,9 +40,10 @@ static inline int ap_in_layer(int weight) { for (const char *s = ap_weights[weig
 /* A symbol or a product of symbols of stages.def and weights.def ("Qd", "T QKV"): sizes of all but the last into *rows, of the last into *cols. */
 int  ap_shape(const ap_model *m, const char *shape, int T, int J, int64_t *rows, int64_t *cols);
 /* Row n of the weight in Hugging Face lane order is this row of the file. */
-static inline int64_t ap_weight_row_at(const ap_weight *w, int64_t n) {
-    if (!w->pairs) return n;
-    int64_t i = n % w->pairs, half = w->pairs / 2;
+AP_HD int64_t ap_paired_row(int64_t n, int pairs) {
+    if (!pairs) return n;
+    int64_t i = n % pairs, half = pairs / 2;
     return n - i + (i < half ? 2 * i : 2 * (i - half) + 1);
 }
+static inline int64_t ap_weight_row_at(const ap_weight *w, int64_t n) { return ap_paired_row(n, w->pairs); }
 #endif

@@ -4,6 +4,7 @@
 */
 #include "py.h"
 #include "../base/mem.h"
+#include "../base/tiers.h"
 #include "../measure/compare.h"
 #include "../measure/sums.h"
 
@@ -25,14 +26,15 @@ static PyObject *measure_places(const ap_place *top, int found) {
 static PyObject *measure_result(const ap_comparison *c, const ap_place *top, int found) {
     PyObject *places = measure_places(top, found);
     if (!places) return NULL;
-    return Py_BuildValue("{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:d,s:d,s:d,s:d,s:d,s:d,s:d,s:I,s:L,s:L,s:N}",
+    return Py_BuildValue("{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:d,s:d,s:d,s:d,s:d,s:d,s:d,s:I,s:L,s:L,s:(KKKK),s:N}",
         "bits_equal", (unsigned long long)c->bits_equal, "value_equal", (unsigned long long)c->value_equal, "nan_a", (unsigned long long)c->nan_a,
         "nan_b", (unsigned long long)c->nan_b, "nan_both", (unsigned long long)c->nan_both, "inf_unlike", (unsigned long long)c->inf_unlike,
         "finite", (unsigned long long)c->finite, "a", c->a, "b", c->b, "aa", c->aa, "bb", c->bb, "dd", c->dd, "ab", c->ab, "max_abs", c->max_abs,
-        "max_ulp", (unsigned)c->max_ulp, "first", (long long)c->first, "max_at", (long long)c->max_at, "top", places);
+        "max_ulp", (unsigned)c->max_ulp, "first", (long long)c->first, "max_at", (long long)c->max_at,
+        "over", (unsigned long long)c->over[0], (unsigned long long)c->over[1], (unsigned long long)c->over[2], (unsigned long long)c->over[3], "top", places);
 }
 
-static PyObject *measure_run(PyObject *module, PyArrayObject *a, PyArrayObject *b, int limit, int threads) {
+static PyObject *measure_run(PyObject *module, PyArrayObject *a, PyArrayObject *b, int limit, int tier, int threads) {
     ap_err e = AP_ERR_INIT;
     ap_comparison c;
     int found = 0, rc;
@@ -42,7 +44,7 @@ static PyObject *measure_run(PyObject *module, PyArrayObject *a, PyArrayObject *
     ap_place *top = ap_alloc((uint64_t)limit, sizeof *top);
     if (!top) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    rc = ap_compare(PyArray_DATA(a), PyArray_DATA(b), n, threads, &c, top, limit, &found, &e);
+    rc = ap_compare(PyArray_DATA(a), PyArray_DATA(b), n, tier, threads, &c, top, limit, &found, &e);
     Py_END_ALLOW_THREADS
     PyObject *result = rc ? ap_raise(PyModule_GetState(module), &e, NULL) : measure_result(&c, top, found);
     ap_free(top);
@@ -50,12 +52,15 @@ static PyObject *measure_run(PyObject *module, PyArrayObject *a, PyArrayObject *
 }
 
 PyObject *ap_measure_compare(PyObject *module, PyObject *args, PyObject *kw) {
-    static char *names[] = { "", "", "limit", "threads", NULL };
+    static char *names[] = { "", "", "limit", "threads", "tier", NULL };
     PyObject *x, *y, *result = NULL;
+    const char *name = NULL;
     int limit = 0, threads = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|$ii:compare", names, &x, &y, &limit, &threads)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|$iiz:compare", names, &x, &y, &limit, &threads, &name)) return NULL;
+    int tier = name ? ap_tier_find(name) : ap_tier_best();
+    if (!ap_tier_available(tier)) return PyErr_Format(PyExc_ValueError, "CPU tier %s is %s here", name, tier < 0 ? "unknown" : "not available");
     PyArrayObject *a = measure_floats(x), *b = a ? measure_floats(y) : NULL;
-    if (b) result = measure_run(module, a, b, limit, threads);
+    if (b) result = measure_run(module, a, b, limit, tier, threads);
     Py_XDECREF(a);
     Py_XDECREF(b);
     return result;

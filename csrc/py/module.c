@@ -21,11 +21,12 @@ static PyObject *module_calls(PyObject *self, PyObject *unused) { (void)self; (v
 static PyMethodDef module_methods[] = {
     { "encode", (PyCFunction)(void (*)(void))ap_encode, METH_VARARGS | METH_KEYWORDS, "encode($module, format, values, /, *, pad=False, threads=0)\n--\n\nThe bytes of float32 values in a format." },
     { "dequantize", (PyCFunction)(void (*)(void))ap_dequantize, METH_VARARGS | METH_KEYWORDS, "dequantize($module, format, data, shape, /, *, tier=None)\n--\n\nThe float32 values that bytes mean in a format." },
-    { "compare", (PyCFunction)(void (*)(void))ap_measure_compare, METH_VARARGS | METH_KEYWORDS, "compare($module, a, b, /, *, limit=0, threads=0)\n--\n\nWhat one pass over two float32 arrays says of them." },
+    { "compare", (PyCFunction)(void (*)(void))ap_measure_compare, METH_VARARGS | METH_KEYWORDS, "compare($module, a, b, /, *, limit=0, threads=0, tier=None)\n--\n\nWhat one pass over two float32 arrays says of them." },
     { "estimate_sums", (PyCFunction)(void (*)(void))ap_measure_estimate, METH_VARARGS | METH_KEYWORDS, "estimate_sums($module, x, w, /, *, lanes=0, block=0, threads=0)\n--\n\nVariance that float32 leaves of dot products, from their segments." },
     { "exact_sums", (PyCFunction)(void (*)(void))ap_measure_exact, METH_VARARGS | METH_KEYWORDS, "exact_sums($module, x, w, flat, /, *, lanes=0, block=0, threads=0)\n--\n\nVariance that float32 leaves of some dot products, from all partial sums." },
     { "lane_dots", (PyCFunction)(void (*)(void))ap_measure_lanes, METH_VARARGS | METH_KEYWORDS, "lane_dots($module, x, w, flat=None, /, *, lanes=16, threads=0)\n--\n\nDot products by float32 fused multiply-adds in lanes and a rounded tree." },
     { "read_aprt", ap_read_aprt, METH_O, "read_aprt($module, path, /)\n--\n\nOne APRT file: its layer (None: the whole model) and its values, a read-only view." },
+    { "cuda", ap_cuda_state, METH_NOARGS, "cuda($module, /)\n--\n\nWhat there is of CUDA: whether its library is built, which devices are present, and why not." },
     { "_fail_allocation", module_fail_at, METH_O, "_fail_allocation($module, n, /)\n--\n\nFor tests: the nth allocation of the core from now fails; -1 never." },
     { "_live_bytes", module_live, METH_NOARGS, "_live_bytes($module)\n--\n\nFor tests: bytes that the core holds." },
     { "_peak_bytes", module_peak, METH_NOARGS, "_peak_bytes($module)\n--\n\nFor tests: most bytes that the core held at once since the last call of this." },

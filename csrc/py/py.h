@@ -37,6 +37,7 @@ PyObject *ap_measure_compare(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_measure_estimate(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_measure_exact(PyObject *module, PyObject *args, PyObject *kw);
 PyObject *ap_measure_lanes(PyObject *module, PyObject *args, PyObject *kw);
+PyObject *ap_cuda_state(PyObject *module, PyObject *unused);
 PyObject *ap_read_aprt(PyObject *module, PyObject *path);
 
 PyObject *ap_file_array(PyObject *file, const uint8_t *data, int nd, const npy_intp *dim);   /* bytes of a tensor: a view, or of a mapped file a copy */

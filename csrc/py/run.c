@@ -4,11 +4,12 @@
 */
 #include "py.h"
 #include "../run/run.h"
+#include "../run/plugin.h"
 #include "../base/tiers.h"
 #include "../base/mem.h"
 #include <stdatomic.h>
 
-typedef struct { PyObject_HEAD PyObject *model, *overrides; ap_run *r; atomic_int busy; int main; } py_run;     /* main: called by the main thread */
+typedef struct { PyObject_HEAD PyObject *model, *overrides; ap_run *r; atomic_int busy; int main, mode; } py_run;     /* main: called by the main thread */
 
 /* ---- keys and small arguments ---- */
 
@@ -51,6 +52,52 @@ static int run_tier_option(ap_state *st, PyObject *o, int *out) {
     ap_err e = AP_ERR_INIT;
     if (ap_fail_at(&e, AP_LOOKUP, -1, "tier", "CPU tier %.40s is %s here", name, *out < 0 ? "unknown" : "not available")) ap_raise(st, &e, NULL);
     return -1;
+}
+
+/* "cpu" is linked in; "cuda" is the library that is opened now, or an error: never another device than the one asked for. */
+static int run_backend_option(ap_state *st, PyObject *o, const ap_backend **out) {
+    ap_err e = AP_ERR_INIT;
+    const ap_plugin *plugin;
+    *out = &ap_cpu;
+    if (!o || o == Py_None) return 0;
+    const char *name = PyUnicode_AsUTF8(o);
+    if (!name) return -1;
+    if (!strcmp(name, ap_cpu.name)) return 0;
+    int rc = strcmp(name, "cuda") ? ap_fail_at(&e, AP_LOOKUP, -1, "backend", "there is no backend %.40s, one of cpu, cuda is needed", name) : ap_cuda_open(&plugin, NULL, &e);
+    if (rc) { ap_raise(st, &e, NULL); return -1; }
+    *out = plugin->backend;
+    return 0;
+}
+
+static const char *const run_modes[AP_MODE_N] = { "auto", "eager", "checked" };
+
+static int run_mode_option(ap_state *st, PyObject *o, int *out) {
+    *out = AP_MODE_AUTO;
+    if (!o || o == Py_None) return 0;
+    const char *name = PyUnicode_AsUTF8(o);
+    if (!name) return -1;
+    for (*out = 0; *out < AP_MODE_N; ++*out) if (!strcmp(name, run_modes[*out])) return 0;
+    ap_err e = AP_ERR_INIT;
+    if (ap_fail_at(&e, AP_LOOKUP, -1, "mode", "there is no mode %.40s, one of auto, eager, checked is needed", name)) ap_raise(st, &e, NULL);
+    return -1;
+}
+
+/* What there is of CUDA, without asking for it: library, how it was built, devices, and why not. */
+PyObject *ap_cuda_state(PyObject *module, PyObject *unused) {
+    ap_err e = AP_ERR_INIT;
+    const ap_plugin *plugin = NULL;
+    char path[4096], names[2048] = "";
+    int n = 0, built, present;
+    (void)module; (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    built = !ap_cuda_open(&plugin, path, &e);
+    present = built && !plugin->devices(names, sizeof names, &n, &e) && n > 0;
+    Py_END_ALLOW_THREADS
+    PyObject *text = PyUnicode_FromString(names), *list = text ? PyUnicode_Splitlines(text, 0) : NULL, *said = NULL;
+    if (list) said = Py_BuildValue("{s:N,s:N,s:z,s:O,s:z}", "built", PyBool_FromLong(built), "library", PyUnicode_DecodeFSDefault(path), "compiler", built ? plugin->built : NULL,
+                                   "devices", list, "reason", present ? NULL : e.msg[0] ? e.msg : "no CUDA device is there");
+    Py_XDECREF(text); Py_XDECREF(list);
+    return said;
 }
 
 /* A float32, C-contiguous copy or view of what float32 can hold (float64 arrays are refused: the caller rounds, and knows it); a new reference. */
@@ -151,21 +198,24 @@ static int run_in_main_thread(void) {
 }
 
 static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kw) {
-    static char *names[] = { "model", "threads", "tier", "edits", "overrides", NULL };
+    static char *names[] = { "model", "threads", "tier", "edits", "overrides", "backend", "mode", NULL };
     ap_state *st = ap_state_of(type);
-    PyObject *model, *threads = NULL, *tier = NULL, *edits = NULL, *overrides = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O!|$OOOO:Run", names, st->model, &model, &threads, &tier, &edits, &overrides)) return NULL;
+    PyObject *model, *threads = NULL, *tier = NULL, *edits = NULL, *overrides = NULL, *device = NULL, *mode = NULL;
+    const ap_backend *backend;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O!|$OOOOOO:Run", names, st->model, &model, &threads, &tier, &edits, &overrides, &device, &mode)) return NULL;
     ap_backend_options o = { .poll = run_poll };
-    if (run_int_option(threads, 0, &o.threads) || run_tier_option(st, tier, &o.tier)) return NULL;
+    if (run_int_option(threads, 0, &o.threads) || run_tier_option(st, tier, &o.tier) || run_mode_option(st, mode, &o.mode)) return NULL;
+    if (run_backend_option(st, device, &backend)) return NULL;
     py_run *self = (py_run *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->model = Py_NewRef(model);
+    self->mode = o.mode;
     o.poll_ctx = self;
     ap_override *list = NULL;
     int n = 0;
     ap_err e = AP_ERR_INIT;
     if (run_read_overrides(st, self, overrides, ap_model_of(model), &list, &n)) Py_CLEAR(self);
-    else if (ap_run_open(&self->r, ap_model_of(model), &ap_cpu, &o, list, n, &e)) { ap_raise(st, &e, NULL); Py_CLEAR(self); }
+    else if (ap_run_open(&self->r, ap_model_of(model), backend, &o, list, n, &e)) { ap_raise(st, &e, NULL); Py_CLEAR(self); }
     else if (edits && edits != Py_None && run_set_edits(st, self, edits)) Py_CLEAR(self);
     PyMem_Free(list);
     return (PyObject *)self;
@@ -382,13 +432,22 @@ static PyObject *run_plan(PyObject *o, PyObject *args) {
 static PyObject *run_position(PyObject *o, void *unused) { (void)unused; return PyLong_FromLong(((py_run *)o)->r->pos); }
 static PyObject *run_backend(PyObject *o, void *unused) { (void)unused; return PyUnicode_FromString(((py_run *)o)->r->be->name); }
 static PyObject *run_tier(PyObject *o, void *unused) { (void)unused; const ap_run *r = ((py_run *)o)->r; return PyUnicode_FromString(r->be->tier(r->dev)); }
+static PyObject *run_path(PyObject *o, void *unused) {
+    const ap_run *r = ((py_run *)o)->r;
+    (void)unused;
+    if (!r->be->path) Py_RETURN_NONE;
+    return PyUnicode_FromString(r->be->path(r->dev));
+}
+static PyObject *run_mode(PyObject *o, void *unused) { (void)unused; return PyUnicode_FromString(run_modes[((py_run *)o)->mode]); }
 static PyObject *run_model(PyObject *o, void *unused) { (void)unused; return Py_NewRef(((py_run *)o)->model); }
 
 static PyGetSetDef run_getset[] = {
     { "model", run_model, NULL, "Model: what is run", NULL },
     { "position", run_position, NULL, "int: tokens seen so far", NULL },
     { "backend", run_backend, NULL, "str: device", NULL },
-    { "tier", run_tier, NULL, "str: instruction set in use", NULL },
+    { "tier", run_tier, NULL, "str: instruction set in use, or the device's name", NULL },
+    { "mode", run_mode, NULL, "str: auto, eager or checked", NULL },
+    { "path", run_path, NULL, "str or None: what ran for the last request; None where there is one way only", NULL },
     { NULL, NULL, NULL, NULL, NULL },
 };
 static PyMethodDef run_methods[] = {
@@ -404,6 +463,6 @@ static PyMethodDef run_methods[] = {
 };
 static PyType_Slot run_slots[] = {
     { Py_tp_new, run_new }, { Py_tp_dealloc, run_dealloc }, { Py_tp_getset, run_getset }, { Py_tp_methods, run_methods },
-    { Py_tp_doc, "Run(model, *, threads=None, tier=None, edits=None, overrides=None)\n--\n\nOne timeline of a model: cache and position.\n\n`edits` is a sequence of (stage, layer or None, field, value) that change the plan;\n`overrides` {(weight, layer or None): array} put other values in place of weights." }, { 0, NULL },
+    { Py_tp_doc, "Run(model, *, threads=None, tier=None, edits=None, overrides=None, backend=None, mode=None)\n--\n\nOne timeline of a model: cache and position.\n\n`edits` is a sequence of (stage, layer or None, field, value) that change the plan;\n`overrides` {(weight, layer or None): array} put other values in place of weights. `backend` is \"cpu\" or \"cuda\"; `mode`, of cuda,\n\"auto\", \"eager\" or \"checked\"." }, { 0, NULL },
 };
 PyType_Spec ap_run_spec = { "aprender._core.Run", sizeof(py_run), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, run_slots };

@@ -8,6 +8,8 @@
 #define AP_FORMAT_H
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
+#include "../base/hd.h"
 typedef enum { AP_PACK_ROWS, AP_PACK_FLAT, AP_PACK_WHOLE } ap_packing;      /* how a tensor's blocks lie: see formats.def */
 enum { AP_FORMAT_BLOCK_MAX = 256 };
 typedef void (*ap_decode)(const void *src, float *dst, size_t n);
@@ -44,8 +46,6 @@ const ap_format *ap_format_by_name(const char *name);
 /* Bytes of one row of `cols` values where rows begin blocks (ROWS). */
 static inline uint64_t ap_format_row_bytes(const ap_format *f, int64_t cols) { return (uint64_t)((cols + f->block - 1) / f->block) * (uint64_t)f->bytes; }
 /* Half formats, also used by the KV cache later: round to nearest even, NaN kept quiet. */
-float ap_f16_to_f32(uint16_t h);
-float ap_bf16_to_f32(uint16_t h);
 uint16_t ap_f32_to_f16(float x);
 uint16_t ap_f32_to_bf16(float x);
 
@@ -55,12 +55,17 @@ uint16_t ap_f32_to_bf16(float x);
 #else
 #define AP_ASSERT(cond, text) _Static_assert(cond, text)
 #endif
-#ifdef __CUDACC__
-#define AP_HD static __host__ __device__ inline
-#else
-#define AP_HD static inline
-#endif
 AP_HD uint16_t ap_le16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 AP_HD uint32_t ap_le32(const uint8_t *p) { return ap_le16(p) | (uint32_t)ap_le16(p + 2) << 16; }
+AP_HD float ap_float_of(uint32_t bits) { float f; memcpy(&f, &bits, sizeof f); return f; }
+/* binary16 is 1 sign, 5 exponent (bias 15), 10 mantissa bits; binary32 is 1, 8 (bias 127), 23: the mantissa moves up by 13, the exponent grows by 112. */
+AP_HD float ap_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3FF;
+    if (exponent == 31) return ap_float_of(sign | 0x7F800000u | mantissa << 13 | (mantissa ? 0x00400000u : 0));        /* Inf; NaN, made quiet as F16C does */
+    if (exponent) return ap_float_of(sign | (exponent + 112) << 23 | mantissa << 13);
+    float tiny = (float)mantissa * (1.0f / 16777216);                           /* subnormal: mantissa * 2^-24 is exact and normal in float32 */
+    return sign ? -tiny : tiny;
+}
+AP_HD float ap_bf16_to_f32(uint16_t h) { return ap_float_of((uint32_t)h << 16); }
 AP_HD void ap_put_le16(uint8_t *p, uint16_t h) { p[0] = (uint8_t)h; p[1] = (uint8_t)(h >> 8); }
 #endif

@@ -5,6 +5,10 @@
 #ifndef AP_IQ_GRIDS_H
 #define AP_IQ_GRIDS_H
 #include "format.h"
+/* The GPU has the arrays in its own memory: it includes iq_grids.c once more with another word here. */
+#ifndef AP_GRID
+#define AP_GRID const
+#endif
 extern const uint16_t ap_iq2_xxs_grid[256], ap_iq2_xs_grid[512], ap_iq2_s_grid[1024], ap_iq3_xxs_grid[256], ap_iq3_s_grid[512];
 extern const uint16_t ap_iq1_s_grid[2048];                                              /* IQ1_M uses it too */
 AP_HD int ap_iq2_level(int point, int j) { int n = point >> 2 * j & 3; return 8 + 17 * n + (n >> 1); }         /* 8, 25, 43 */

@@ -5,19 +5,6 @@
 #include <string.h>
 #include "plain.h"
 
-static float plain_float(uint32_t bits) { float f; memcpy(&f, &bits, sizeof f); return f; }
-
-/* binary16 is 1 sign, 5 exponent (bias 15), 10 mantissa bits; binary32 is 1, 8 (bias 127), 23: the mantissa moves up by 13, the exponent grows by 112. */
-float ap_f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3FF;
-    if (exponent == 31) return plain_float(sign | 0x7F800000u | mantissa << 13 | (mantissa ? 0x00400000u : 0));        /* Inf; NaN, made quiet as F16C does */
-    if (exponent) return plain_float(sign | (exponent + 112) << 23 | mantissa << 13);
-    float tiny = (float)mantissa * 0x1p-24f;                                    /* subnormal: mantissa * 2^-24 is exact and normal in float32 */
-    return sign ? -tiny : tiny;
-}
-
-float ap_bf16_to_f32(uint16_t h) { return plain_float((uint32_t)h << 16); }
-
 /* To nearest even twice over: of a normal by adding half of what is cut off (less one when the kept part is even), of a subnormal by a float addition. */
 uint16_t ap_f32_to_f16(float x) {
     uint32_t bits, sign;
@@ -27,7 +14,7 @@ uint16_t ap_f32_to_f16(float x) {
     if (bits > 0x7F800000) return (uint16_t)(sign | 0x7E00 | (bits >> 13 & 0x3FF));                         /* NaN: quiet, the top of its payload kept */
     if (bits >= 0x477FF000) return (uint16_t)(sign | 0x7C00);                                               /* 65520 and up round to infinity */
     if (bits >= 0x38800000) return (uint16_t)(sign | (bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13); /* normal: a carry moves into the exponent */
-    float sum = plain_float(bits) + 0.5f;                                                                   /* subnormal: the last bit of 0.5f is 2^-24 */
+    float sum = ap_float_of(bits) + 0.5f;                                                                   /* subnormal: the last bit of 0.5f is 2^-24 */
     memcpy(&bits, &sum, sizeof bits);
     return (uint16_t)(sign | (bits - 0x3F000000));
 }

@@ -77,6 +77,48 @@ sanitize: $(VENV)/.tested  ## the core under AddressSanitizer and UndefinedBehav
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -c "from aprender import _core; assert 'sanitized' in _core.__file__, _core.__file__"
 	$(SANITIZE) $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -m 'not foreign' $(SANITIZED_TESTS) || { cat report.* 2>/dev/null; exit 1; }
 
+# ---- CUDA --------------------------------------------------------------------
+
+# One library, opened at run time.  NVCC_ARCHS: those of 80, 90, 100 and 120 that this nvcc knows, and PTX of the newest of them for what comes later.
+NVCC ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+NVCC_KNOWN = $(if $(NVCC),$(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed 's/compute_//'))
+NVCC_ARCHS ?= $(filter $(NVCC_KNOWN),80 90 100 120)
+NVCC_GENCODE = $(foreach a,$(NVCC_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(lastword $(NVCC_ARCHS)),code=compute_$(lastword $(NVCC_ARCHS))
+NVCC_FLAGS = -std=c++20 -O3 -fmad=false -ftz=false -prec-div=true -prec-sqrt=true -lineinfo -cudart static -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall
+CUDA_BUILT = -DAP_BUILT='"nvcc $(shell $(NVCC) --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p'), $(addprefix sm_,$(NVCC_ARCHS)) and PTX"'
+CUDA_CORE := $(wildcard csrc/cuda/* csrc/base/*.h csrc/base/*.def csrc/quant/*.h csrc/quant/*.def csrc/quant/iq_grids.c csrc/plan/*.h csrc/plan/*.def) Makefile
+CUDA_C := csrc/base/err.c csrc/base/mem.c
+CUDA_OUT := build/cuda
+# The kernels as a host compiler sees them, on a device of host memory: for tests where no GPU is.
+FAKE_FLAGS := -std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -pthread -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers
+
+.PHONY: cuda cuda-fake cuda-faults test-cuda
+cuda: aprender/libaprender_cuda.so  ## the GPU backend, by nvcc
+cuda-fake: $(CUDA_OUT)/libaprender_cuda_fake.so $(CUDA_OUT)/libaprender_cuda_fake_faults.so  ## the same kernels on the CPU, for tests
+cuda-faults: $(CUDA_OUT)/libaprender_cuda_faults.so  ## the GPU backend with faults that can be switched on
+
+$(CUDA_OUT)/%.o: csrc/base/%.c $(CUDA_CORE)
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -D_GNU_SOURCE -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -c $< -o $@
+
+aprender/libaprender_cuda.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
+	@test -n "$(NVCC)" || { echo 'make cuda: there is no nvcc: install the CUDA toolkit, or set NVCC' >&2; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) $(NVCC_GENCODE) $(CUDA_BUILT) -shared csrc/cuda/all.cu $(filter %.o,$^) -o $@
+
+$(CUDA_OUT)/libaprender_cuda_faults.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
+	@test -n "$(NVCC)" || { echo 'make cuda-faults: there is no nvcc: install the CUDA toolkit, or set NVCC' >&2; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) $(NVCC_GENCODE) $(CUDA_BUILT) -DAP_CUDA_FAULTS -shared csrc/cuda/all.cu $(filter %.o,$^) -o $@
+
+$(CUDA_OUT)/libaprender_cuda_fake.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
+	$(CXX) $(FAKE_FLAGS) -DAP_BUILT='"$(notdir $(CXX)), a fake device"' -shared -x c++ csrc/cuda/all.cu csrc/cuda/fake.cpp -x none $(filter %.o,$^) -o $@
+
+$(CUDA_OUT)/libaprender_cuda_fake_faults.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
+	$(CXX) $(FAKE_FLAGS) -DAP_CUDA_FAULTS -DAP_BUILT='"$(notdir $(CXX)), a fake device"' -shared -x c++ csrc/cuda/all.cu csrc/cuda/fake.cpp -x none $(filter %.o,$^) -o $@
+
+# Skips what wants a device where none is, with the reason.
+test-cuda: $(VENV)/.checked cuda-fake $(if $(NVCC),cuda cuda-faults)  ## the tests of the GPU backend
+	$(BIN)/python -m pytest tests/test_cuda.py
+
 # ---- fuzzing -----------------------------------------------------------------
 
 # Needs a compiler and Python, nothing of .venv: libFuzzer where a clang of 19 or later has it, tests/fuzz/driver.c with gcc elsewhere.

@@ -11,7 +11,7 @@ from glob import glob
 import numpy
 from setuptools import Extension, setup
 
-FLOORS = ("base", "quant", "measure", "file", "plan", "cpu", "run", "py")  # csrc/cuda is built by nvcc into its own library
+FLOORS = ("base", "quant", "measure", "file", "plan", "cpu", "run", "py")  # csrc/cuda is built by `make cuda` into its own library
 
 
 def sources() -> list[str]:
@@ -24,7 +24,7 @@ def sources() -> list[str]:
 def flags() -> tuple[list[str], list[str]]:
     """Compile and link arguments.  Contraction is off: every fused multiply-add in the source is explicit."""
     compile_args = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-    link_args = ["-pthread", "-lm"]
+    link_args = ["-pthread", "-lm", "-ldl"]
     if os.environ.get("APRENDER_WERROR"):
         compile_args += ["-Werror", "-Werror=implicit-function-declaration", "-Wshadow", "-Wstrict-prototypes"]
     if sanitize := os.environ.get("APRENDER_SANITIZE"):

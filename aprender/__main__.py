@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "run": "generate text",
     "convert": "write a model as APR or GGUF, as it is or in other number formats",
     "info": "what is in a model: tensors, number formats, hyper-parameters, plan",
+    "env": "what to paste into a bug report: versions, CPU, CUDA",
 }
 """Every command with what it does, in the order of ``--help``."""
 

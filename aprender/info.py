@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aprender import _prompt, _show
 from aprender._command import AGREE, Parser, command
+from aprender.env import cuda_facts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -252,7 +253,7 @@ def describe(path: str, pattern: str | None = None, plan: bool = False, verify: 
     Returns
     -------
     dict
-        ``schema file formats tensors tokenizer model plan problem``; those that there are not are None.
+        ``schema file formats tensors tokenizer model plan problem cuda``; those that there are not are None.
     Error or None
         Why the file does not bind.
 
@@ -280,6 +281,7 @@ def describe(path: str, pattern: str | None = None, plan: bool = False, verify: 
         "model": None,
         "plan": None,
         "problem": None,
+        "cuda": dict(_core.cuda()),
     }  # fmt: skip
     try:
         model = _core.Model(file)
@@ -328,6 +330,7 @@ def _facts(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         head = model["head"]
         yield "head", (f"shared with {head['shared_with']}" if head["tied"] else "its own matrix") + f" ({head['source']})"
     yield from _tokenizer_facts(said["tokenizer"])
+    yield from cuda_facts(said["cuda"])
 
 
 def _tokenizer_facts(said: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:

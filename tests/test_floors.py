@@ -29,7 +29,8 @@ C_FLOORS = {"base": 0, "quant": 1, "measure": 1, "file": 2, "plan": 3, "cpu": 4,
 #: Height of each part of the package; `sides` and `judge` are siblings; whatever is not named is a command, above everything.
 PYTHON_FLOORS = {
     "errors": 0, "_core": 0, "atomic": 0, "stages": 1, "captures": 1, "manifest": 1, "text": 1, "arithmetic": 1, "aprt": 1, "writers": 1,
-    "mixes": 1, "conversion": 2, "sides": 2, "judge": 2, "probes": 3, "bisection": 3, "references": 3, "report": 4,
+    "mixes": 1, "pieces": 1, "conversion": 2, "sides": 2, "judge": 2,
+    "probes": 3, "bisection": 3, "references": 3, "declared": 3, "repair": 3, "parity": 3, "report": 4,
 }  # fmt: skip
 COMMANDS = 5
 
@@ -352,6 +353,7 @@ NAMES = STAGES | OPS | FORMATS | ARCHS
 ALLOWED = {
     "mixes.py": FORMATS, "judge/witness.py": NAMES, "judge/faults.py": NAMES, "judge/noise.py": OPS, "judge/ggml.py": OPS | FORMATS,
     "text/words.py": {"qwen2", "llama"}, "judge/diagnose.py": OPS, "judge/shapes.py": {"BIAS"},
+    **dict.fromkeys((f"judge/{name}.py" for name in ("case", "changes", "fits", "fused", "gauge", "narrow", "roundings")), OPS),
 }  # fmt: skip
 
 

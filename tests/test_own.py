@@ -286,8 +286,9 @@ def test_bad_ids_are_refused(opened: Callable[..., OwnSide], ids: Sequence[int])
         opened().capture(ids)
 
 
-def test_no_silent_fallback_to_another_device(opened: Callable[..., OwnSide]) -> None:
+def test_no_silent_fallback_to_another_device(opened: Callable[..., OwnSide], monkeypatch: pytest.MonkeyPatch) -> None:
     path = opened().path
+    monkeypatch.setenv("APRENDER_CUDA_LIBRARY", str(path))  # a file that is no library
     with pytest.raises(DeviceError, match="cuda"):
         open_side(f"cuda:{path}")
     assert open_side(f"cpu:{path}").spelling == f"cpu:{path}"

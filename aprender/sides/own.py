@@ -1,9 +1,9 @@
 """Our own engine as a side: captures, weights as the file holds them, and greedy text.
 
 Owns the way from a model file to :class:`~aprender.captures.Captures`: chunks for long prompts and their joining, path attestation, and
-the application of edits.  An edit is plain data (a step field, a weight or a value, and what becomes of it; ``judge/faults.py`` lists the
-forms); this file applies edits and knows no fault.  Refuses backends that are not built in: there is no silent fallback.  Called by
-``sides.open_side``, ``bisection`` and the commands.
+the application of edits, on the CPU or a GPU.  An edit is plain data (a step field, a weight or a value, and what becomes of it;
+``judge/faults.py`` lists the forms); this file applies edits and knows no fault.  Refuses to run on another device than the one asked for.
+Called by ``sides.open_side``, ``bisection`` and the commands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,20 @@ from numpy.typing import NDArray
 
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures
-from aprender.errors import ArgumentError, ConfigError, DeviceError, FormatError
+from aprender.errors import ArgumentError, ConfigError, DeviceError, FormatError, UnknownName
 from aprender.manifest import ALL, LAST, Manifest, TensorNote
+from aprender.pieces import Piece, cached, cuts, ending, part, whole
 from aprender.stages import LOGITS, Key
 from aprender.text import Tokenizer, for_model
 
 Array = NDArray[np.float32]
 Edit = Mapping[str, Any]
 Sizes = Mapping[str, int | float]
+
+PROFILES: Mapping[str, str] = {"cpu": "exact", "cuda": "exact-cuda"}
+"""Backend to the arithmetic that it declares."""
+
+TABLE: Key = ("rope_table", None)
 
 LARGEST_SCORES = 1 << 26
 """Values of one layer's attention scores in one piece; longer prompts are run in chunks, with the same bits."""
@@ -280,11 +286,11 @@ class Switched:
         self._caches = tuple(caches)
         self.tier = plain.tier
 
-    def forward(self, tokens: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
+    def forward(self, tokens: Sequence[int], keep: Sequence[Key], feed: Mapping[Key, Array]) -> dict[Key, Array]:
         """Like ``_core.Run.forward``."""
         applies = self._applies(self._plain.position, len(tokens))
         first, other = (self._edited, self._plain) if applies else (self._plain, self._edited)
-        made = first.forward(tokens, list(dict.fromkeys([*keep, *self._caches])))
+        made = first.forward(tokens, list(dict.fromkeys([*keep, *self._caches])), feed)
         other.forward(tokens, self._caches, {key: made[key] for key in self._caches})
         return {key: value for key, value in made.items() if key in set(keep)}
 
@@ -300,11 +306,13 @@ class OwnSide:
     path : str or Path
         GGUF file, safetensors file, or a folder with ``model.safetensors`` and ``config.json``.
     backend : str
-        ``cpu``; another one that is not built in raises :class:`~aprender.errors.DeviceError`.
+        ``cpu`` or ``cuda``; :class:`~aprender.errors.DeviceError` where its library or its device is not there.
     threads : int, optional
         All cores if not given (or ``APRENDER_THREADS``).
     tier : str, optional
         A row of ``_core.TIERS``; the best one if not given (or ``APRENDER_TIER``).
+    mode : str, optional
+        How ``cuda`` is driven: ``auto``, ``eager`` or ``checked`` (``_core.Run``).
     edits : sequence of mapping
         ``{"target": "step", "stage": …, "layer": … or None, "field": …, "value" or "factor": …}``,
         ``{"target": "weight", "weight": …, "layer": … or None, "transform": a key of TRANSFORMS}`` and the others that
@@ -321,19 +329,23 @@ class OwnSide:
         backend: str = "cpu",
         threads: int | None = None,
         tier: str | None = None,
+        mode: str | None = None,
         edits: Sequence[Edit] = (),
         spelling: str | None = None,
     ) -> None:
-        if backend != "cpu":
-            raise DeviceError(f"this build has no '{backend}' backend; use cpu:", code="DEVICE", field=backend)
+        if backend not in PROFILES:
+            raise UnknownName(f"there is no backend '{backend}', one of {', '.join(PROFILES)} is needed", code="LOOKUP", field="backend")
+        _check_device(backend)
         self.path = Path(path)
         self.spelling = spelling or str(path)
         self.backend = backend
-        self.profile = arithmetic.profile("exact")
+        self.profile = arithmetic.profile(PROFILES[backend])
         self.file = _core.File(path)
         self.model = _core.Model(self.file)
         self.weights = Weights(self.model)
         self._options: dict[str, Any] = {"threads": threads or _threads_from_environment(), "tier": tier or os.environ.get("APRENDER_TIER")}
+        self._options |= {"backend": backend, "mode": mode}
+        self._anchor = None if backend == "cpu" else _core.Run(self.model, **self._options)  # one upload of the weights for all runs
         self._when = _when(edits)
         always = [edit for edit in edits if not _switches(edit)]
         plan = _core.Run(self.model).plan() if edits else ()
@@ -344,23 +356,26 @@ class OwnSide:
         self._values = sorted((e for e in edits if e["target"] == "value"), key=lambda e: stages.order((e["stage"], e["layer"])))
         self._piece = min((int(edit["value"]) for edit in edits if edit["target"] == "pieces"), default=0)
 
-    def run(self) -> _core.Run:
-        """A fresh timeline of the model, with the edits applied that apply everywhere."""
-        return _core.Run(self.model, **self._options, edits=self._edits, overrides=self._overrides)
+    def run(self, mode: str | None = None) -> _core.Run:
+        """A fresh timeline of the model, with the edits applied that apply everywhere; in another mode than the side's, if given."""
+        options = self._options | ({"mode": mode} if mode else {})
+        return _core.Run(self.model, **options, edits=self._edits, overrides=self._overrides)
 
-    def forward(self, run: _core.Run | Switched, ids: Sequence[int], keep: Sequence[Key]) -> dict[Key, Array]:
-        """The next tokens of a timeline: what is kept, with the edits of values put in before anything reads them."""
+    def forward(
+        self, run: _core.Run | Switched, ids: Sequence[int], keep: Sequence[Key], given: Mapping[Key, Array] | None = None
+    ) -> dict[Key, Array]:
+        """The next tokens of a timeline: what is kept, with values put in before anything reads them: edited ones, and those given."""
+        feed = dict(given or {})
         if not self._values:
-            return run.forward(ids, keep)
+            return run.forward(ids, keep, feed)
         if isinstance(run, Switched):
             raise ArgumentError(
                 "edits of values and edits that apply in some pieces only do not go together", code="ARGUMENT", field="when"
             )
-        feed: dict[Key, Array] = {}
         for edit in self._values:
-            if edit.get("when") == "decode" and run.position == 0:
-                continue
             key, table = (edit["stage"], edit["layer"]), (edit.get("by", edit["stage"]), None if "by" in edit else edit["layer"])
+            if (edit.get("when") == "decode" and run.position == 0) or key in (given or {}):
+                continue
             made = run.replay(ids, list({key, table}), feed)
             feed[key] = np.ascontiguousarray(VALUES[edit["transform"]](made[key], edit, self.model.hparams, made[table]))
         return run.forward(ids, keep, feed)
@@ -371,19 +386,19 @@ class OwnSide:
             return [(first, min(first + self._piece, tokens)) for first in range(0, tokens, self._piece)]
         return list(_chunks(tokens, int(self.model.hparams["heads"])))
 
-    def _timeline(self) -> _core.Run | Switched:
+    def _timeline(self, mode: str | None = None) -> _core.Run | Switched:
         """A fresh timeline with all edits applied, each where it applies."""
         if self._when is None or self._more is None:
-            return self.run()
-        edited = _core.Run(self.model, **self._options, edits=self._more[0], overrides=self._more[1])
-        return Switched(self.run(), edited, self._when)
+            return self.run(mode)
+        edited = _core.Run(self.model, **self._options | ({"mode": mode} if mode else {}), edits=self._more[0], overrides=self._more[1])
+        return Switched(self.run(mode), edited, self._when)
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the model file, hexadecimal, as ``sha256sum`` prints it; of several files, that of their digests one a line."""
         digests = []
-        for part in self.file.parts:
-            with open(part, "rb") as stream:
+        for path in self.file.parts:
+            with open(path, "rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -420,18 +435,26 @@ class OwnSide:
             No ids, or one outside the vocabulary.
         """
         wanted = [key for key in stages.keys(self.model.flags, int(self.model.hparams["layers"])) if keep is None or keep(key)]
-        arrays, tier = self._traced(ids, wanted, self.pieces(len(ids)), progress)
-        last = arrays.get(LOGITS)
-        attested = None if last is None else bool(np.array_equal(last, self.logits(ids), equal_nan=True))
-        manifest = self._manifest(ids, tier, attested, arrays)
-        if self._shown:
-            arrays, notes = _handed_out(self._shown, arrays, manifest.tensors)
-            start = sum(int(edit["value"]) for edit in self._shown if edit["target"] == "positions")
-            manifest = dataclasses.replace(manifest, tensors=notes, positions=tuple(range(start, start + len(ids))))
-        return Captures(arrays, manifest)
+        found, ran = self._traced(ids, [(cut, wanted) for cut in self.pieces(len(ids))], progress)
+        return self._seen(whole(found, self._manifest(ids, ran, self._attested(ids, found, self.logits))))
+
+    def capture_fed(self, ids: Sequence[int], feed: Mapping[Key, Array]) -> Captures:
+        """All stages of the ids with the values of some of them given: what the engine makes of those is what is shown after them."""
+        wanted = stages.keys(self.model.flags, int(self.model.hparams["layers"]))
+        found, ran = self._traced(ids, [(cut, wanted) for cut in self.pieces(len(ids))], feed=feed)
+        return self._seen(whole(found, self._manifest(ids, ran, None)))
+
+    def _seen(self, made: Captures) -> Captures:
+        """What is handed out of a capture, with the edits of that."""
+        if not self._shown:
+            return made
+        arrays, notes = _handed_out(self._shown, dict(made), made.manifest.tensors)
+        start = sum(int(edit["value"]) for edit in self._shown if edit["target"] == "positions")
+        positions = tuple(range(start, start + len(made.tokens)))
+        return Captures(arrays, dataclasses.replace(made.manifest, tensors=notes, positions=positions))
 
     def capture_pieces(self, ids: Sequence[int], sizes: Sequence[int]) -> Captures:
-        """Run the ids in pieces of the given sizes on one cache, and hand out all stages as one sequence: joined along the tokens.
+        """Run the ids in pieces of the given sizes on one cache, and hand out all stages as one sequence, with the pieces kept.
 
         Parameters
         ----------
@@ -444,27 +467,71 @@ class OwnSide:
         ArgumentError
             The sizes do not cut up the ids.
         """
-        if sum(sizes) != len(ids) or min(sizes, default=0) < 1:
-            raise ArgumentError(f"pieces of {list(sizes)} tokens do not cut up {len(ids)} tokens", code="ARGUMENT", field="sizes")
-        ends = np.cumsum(sizes).tolist()
         wanted = stages.keys(self.model.flags, int(self.model.hparams["layers"]))
-        arrays, tier = self._traced(ids, wanted, zip([0, *ends[:-1]], ends, strict=True), None)
-        return Captures(arrays, self._manifest(ids, tier, None, arrays))
+        found, ran = self._traced(ids, [(cut, wanted) for cut in cuts(sizes, len(ids))])
+        plain = functools.partial(self._logits, at=cuts(sizes, len(ids)))
+        return whole(found, self._manifest(ids, ran, None if self.backend == "cpu" else self._attested(ids, found, plain)))
+
+    def _attested(self, ids: Sequence[int], found: Sequence[Piece], plain: Callable[[Sequence[int]], Array]) -> bool | None:
+        """Whether the logits are the same bits when nothing else is kept; and, where a graph ran, when its kernels are run one by one."""
+        if any(LOGITS not in piece.arrays for piece in found):
+            return None
+        shown = np.concatenate([piece.arrays[LOGITS] for piece in found])
+        same = bool(np.array_equal(shown, plain(ids), equal_nan=True))
+        if self.backend == "cpu" or not any(piece.last - piece.first == 1 for piece in found):
+            return same
+        eager = self._logits(ids, [(piece.first, piece.last) for piece in found], "eager")
+        return same and bool(np.array_equal(shown, eager, equal_nan=True))
+
+    def capture_end(self, ids: Sequence[int], count: int) -> Captures:
+        """All stages of the last ``count`` ids, run on the cache of those before; of these, what their keys and values are made from.
+
+        Memory grows with the length and not with its square: that is what it is for.
+        """
+        flags, layers = self.model.flags, int(self.model.hparams["layers"])
+        first, last = cuts([len(ids) - count, count], len(ids))
+        past = cached(flags, layers)
+        found, ran = self._traced(ids, [*((cut, past) for cut in self.pieces(first[1])), (last, stages.keys(flags, layers))])
+        return ending(found, self._manifest(ids, ran, None))
+
+    def rotary_table(self, positions: Sequence[int]) -> Captures:
+        """The rows of the rotary table at any positions: a capture of that one stage, computed as a run computes it."""
+        (shift,) = (step["pos_shift"] for step in self.run().plan() if step["stage"] == TABLE[0])
+        rows = []
+        for position in positions:
+            edits = [*self._edits, (*TABLE, "pos_shift", float(shift + position))]
+            run = _core.Run(self.model, **self._options, edits=edits, overrides=self._overrides)
+            rows.append(self.forward(run, [0], [TABLE])[TABLE])
+        made = self._manifest((0,) * len(rows), (run.tier,), None)
+        return Captures({TABLE: np.concatenate(rows)}, dataclasses.replace(made, positions=tuple(positions)))
 
     def _traced(
-        self, ids: Sequence[int], wanted: Sequence[Key], cuts: Iterable[tuple[int, int]], progress: Callable[[float], None] | None
-    ) -> tuple[dict[Key, Array], str]:
+        self,
+        ids: Sequence[int],
+        parts: Sequence[tuple[tuple[int, int], Sequence[Key]]],
+        progress: Callable[[float], None] | None = None,
+        feed: Mapping[Key, Array] | None = None,
+    ) -> tuple[list[Piece], tuple[str, ...]]:
+        """The parts of a sequence, each with the stages that are wanted of it, on one timeline.
+
+        And what ran: tier or device, then what each kind of part was, where a device has several ways.
+        """
         run = self._timeline()
-        pieces = []
-        for first, last in cuts:
-            pieces.append(self.forward(run, ids[first:last], wanted))
+        pieces: list[Piece] = []
+        paths: dict[str, int] = {}
+        for (first, last), wanted in parts:
+            given = {key: part(array, key, first, last) for key, array in (feed or {}).items()}
+            pieces.append(Piece(first, last, self.forward(run, ids[first:last], wanted, given)))
+            if isinstance(run, _core.Run) and run.path is not None:
+                path = f"{last - first} token{'s'[: last - first > 1]}: {run.path}"
+                paths[path] = paths.get(path, 0) + 1
             if progress:
                 progress(last / len(ids))
         if not pieces:
             raise ArgumentError("no tokens: give at least one", code="ARGUMENT", field="tokens")
-        return (pieces[0] if len(pieces) == 1 else _joined(pieces, len(ids))), run.tier
+        return pieces, (run.tier, *(f"{count} times {path}" if count > 1 else path for path, count in paths.items()))
 
-    def _manifest(self, ids: Sequence[int], tier: str, attested: bool | None, arrays: Mapping[Key, Array]) -> Manifest:
+    def _manifest(self, ids: Sequence[int], ran: Sequence[str], attested: bool | None) -> Manifest:
         from aprender import __version__
 
         return Manifest(
@@ -473,7 +540,7 @@ class OwnSide:
             producer="aprender",
             version=__version__,
             backend=self.backend,
-            tier=tier,
+            tier=ran[0],
             profile=self.profile.name,
             threads=self._options["threads"],
             model_digest=self.digest,
@@ -481,13 +548,24 @@ class OwnSide:
             flags=self.model.flags,
             hparams=dict(self.model.hparams),
             attestation=attested,
-            tensors={key: TensorNote.of(array) for key, array in arrays.items()},
+            notes=(f"{self.spelling} ran on {ran[0]}: {'; '.join(ran[1:])}",) if ran[1:] else (),
         )
 
-    def logits(self, ids: Sequence[int]) -> Array:
-        """Logits of every position, [T, V], by the path that makes the text: nothing else is kept."""
-        run = self._timeline()
-        parts = [self.forward(run, ids[first:last], [LOGITS])[LOGITS] for first, last in self.pieces(len(ids))]
+    def logits(self, ids: Sequence[int], prompt: int | None = None) -> Array:
+        """Logits of every position, [T, V], by the path that makes the text: nothing else is kept.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        prompt : int, optional
+            After so many tokens the others come one by one; if not given, all come at once.
+        """
+        prompt = len(ids) if prompt is None else prompt
+        return self._logits(ids, [*self.pieces(prompt), *((at, at + 1) for at in range(prompt, len(ids)))])
+
+    def _logits(self, ids: Sequence[int], at: Sequence[tuple[int, int]], mode: str | None = None) -> Array:
+        run = self._timeline(mode)
+        parts = [self.forward(run, ids[first:last], [LOGITS])[LOGITS] for first, last in at]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, ids: Sequence[int], n: int, on_token: Callable[[int], None] | None = None) -> list[int]:
@@ -528,7 +606,16 @@ class OwnSide:
         return frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
 
     def close(self) -> None:
-        """Nothing to release early: arrays may still be in use."""
+        """The device's copy of the weights goes with the last run; arrays may still be in use."""
+        self._anchor = None
+
+
+def _check_device(backend: str) -> None:
+    """A device that cannot be used is told before a large file is read for nothing."""
+    said = _core.cuda() if backend != "cpu" else None
+    if said is not None and said["reason"] is not None:
+        text = f"cuda: there is no device to use: {said['reason']}; use cpu:" if said["built"] else said["reason"]
+        raise DeviceError(text, code="DEVICE", field=backend)
 
 
 def _threads_from_environment() -> int | None:
@@ -549,19 +636,3 @@ def _chunks(tokens: int, heads: int) -> Iterator[tuple[int, int]]:
             last = first + (last - first) // 2
         yield first, last
         first = last
-
-
-def _joined(pieces: Sequence[Mapping[Key, Array]], tokens: int) -> dict[Key, Array]:
-    """Captures of consecutive chunks as one: joined along the tokens, scores padded with 0 to the last key, the last chunk's caches."""
-    out: dict[Key, Array] = {}
-    for key in pieces[0]:
-        shape = stages.by_name[key[0]].shape
-        parts = [piece[key] for piece in pieces]
-        if "T" not in shape:
-            out[key] = parts[-1]
-        elif "J" in shape:
-            wide = [np.pad(part, ((0, 0), (0, 0), (0, tokens - part.shape[2]))) for part in parts]
-            out[key] = np.concatenate(wide, axis=1)
-        else:
-            out[key] = np.concatenate(parts)
-    return out

@@ -96,6 +96,21 @@ class Ggml:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """Attention as one kernel: scores and probabilities have no value of their own, and inside it all is float32 but one thing.
+
+    The unnormalised probabilities exp(s - max) are rounded to the activation format before they meet the values; their sum is not.
+
+    Attributes
+    ----------
+    exp : float
+        Relative standard deviation of the kernel's exponential, beyond what rounding in float32 makes.
+    """
+
+    exp: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """One arithmetic.
 
@@ -123,6 +138,10 @@ class Profile:
         Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated".
     ggml : Ggml or None
         Activations are rounded as the format of each weight wants, and the recipes are those of ``judge.ggml``.
+    accumulator : Format
+        What dot products are added in; if not float32 (whose order is ``order``), one product after the other by fused multiply-add.
+    fused : Fused or None
+        Attention is one kernel; None: scores, probabilities and their product with the values are each rounded and can be captured.
     """
 
     name: str
@@ -136,6 +155,8 @@ class Profile:
     band: float
     validated: bool
     ggml: Ggml | None = None
+    fused: Fused | None = None
+    accumulator: Format = F32
 
     def with_order(self, data: Mapping[str, object] | None) -> Profile:
         """The row with the accumulation order that a side identified on its machine.
@@ -194,11 +215,11 @@ def _ggml(name: str, text: str, cache: Format) -> Profile:
     )
 
 
-def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
-    """A row of Hugging Face transformers on a CPU, eager attention: one dtype, float32 inside each operation."""
+def _hf(name: str, dtype: str, fmt: Format, band: float, fused: Fused | None = None) -> Profile:
+    """A row of Hugging Face transformers on a CPU: one dtype, float32 inside each operation."""
     return Profile(
         name=name,
-        text=f"Hugging Face transformers, {dtype}, eager attention",
+        text=f"Hugging Face transformers, {dtype}, {'eager' if fused is None else 'sdpa'} attention",
         activations=fmt,
         cache=fmt,
         order=Order(),
@@ -207,7 +228,30 @@ def _hf(name: str, dtype: str, fmt: Format, band: float) -> Profile:
         wide=False,
         band=band,
         validated=True,
+        fused=fused,
     )
+
+
+def _exact(name: str, text: str, validated: bool) -> Profile:
+    """A row of our own engine: every bit is declared, and is the same on every device."""
+    return Profile(
+        name=name,
+        text=f"{text}: float32 dot products in 16 virtual lanes, all else float64 rounded once",
+        activations=F32,
+        cache=F32,
+        order=Order(lanes=16),
+        fused_bias=False,
+        table_ulps=0,
+        wide=True,
+        band=1.5,
+        validated=validated,
+    )
+
+
+# torch's vectorised exponentials of attention kernels on a CPU are polynomials (ATen/cpu/vec, exp_u20 and fexp_u20).  The figures are the
+# rms of polynomial / exp - 1 over one period, by their coefficients: of fifth degree for float32, of third degree for 16-bit results (at
+# most 1.1e-4 there).  tests/test_fused.py computes them again.
+SDPA_WIDE, SDPA_SHORT = Fused(exp=6.0e-8), Fused(exp=5.5e-5)
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -216,17 +260,13 @@ PROFILES: Mapping[str, Profile] = {
         _hf("hf-f32", "float32", F32, 1.5),
         _hf("hf-f16", "float16", F16, 1.15),
         _hf("hf-bf16", "bfloat16", BF16, 1.15),
-        Profile(
-            name="exact",
-            text="aprender: float32 dot products in 16 virtual lanes, all else float64 rounded once",
-            activations=F32,
-            cache=F32,
-            order=Order(lanes=16),
-            fused_bias=False,
-            table_ulps=0,
-            wide=True,
-            band=1.5,
-            validated=True,
+        _exact("exact", "aprender", validated=True),
+        _exact("exact-cuda", "aprender on a GPU", validated=False),  # until scripts/first_gpu_day.py has measured one
+        _hf("hf-f32-sdpa", "float32", F32, 1.5, SDPA_WIDE),
+        _hf("hf-f16-sdpa", "float16", F16, 1.15, SDPA_SHORT),
+        _hf("hf-bf16-sdpa", "bfloat16", BF16, 1.15, SDPA_SHORT),
+        dataclasses.replace(
+            _hf("hf-f16", "float16", F16, 1.15), name="f16-sums", text="float16 throughout, the sums of dot products too", accumulator=F16
         ),
         _ggml("ggml-cpu", "float32 cache", F32),
         _ggml("ggml-cpu-f16", "float16 cache", F16),

@@ -51,6 +51,10 @@ class Captures(Mapping[Key, Array]):
         Each array is used as it is if it is float32; else widened.  Views handed out are read-only.
     manifest : Manifest
         A tensor without a note in it gets the plain one (captured, all tokens, halves, float32).
+    pieces : tuple of Captures, optional
+        The runs on one cache that this is the whole of, in order (:func:`aprender.pieces.whole`); not stored on disk.
+    past : tuple of Captures, optional
+        The runs before this one on the same cache, in order; not stored on disk.
 
     Raises
     ------
@@ -60,12 +64,19 @@ class Captures(Mapping[Key, Array]):
         A key with a layer where none belongs, or the reverse.
     """
 
-    def __init__(self, arrays: Mapping[Key, NDArray[Any]], manifest: Manifest) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[Key, NDArray[Any]],
+        manifest: Manifest,
+        pieces: tuple[Captures, ...] = (),
+        past: tuple[Captures, ...] = (),
+    ) -> None:
         keys = sorted(map(_checked_key, arrays), key=stages.order)
         self._arrays: Mapping[Key, Array] = arrays if isinstance(arrays, Lazy) else {key: _frozen(arrays[key]) for key in keys}
         notes = {key: manifest.tensors.get(key) or TensorNote.of(self._arrays[key]) for key in keys}
         self.manifest = replace(manifest, tensors=notes, positions=manifest.positions or tuple(range(len(manifest.tokens))))
         self._keys = tuple(keys)
+        self.pieces, self.past = pieces, past
 
     @property
     def tokens(self) -> tuple[int, ...]:

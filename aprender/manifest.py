@@ -26,6 +26,7 @@ ALL, LAST = "all", "last"  # positions that a tensor holds
 HALVES, PAIRS = "halves", "pairs"  # RoPE partners of a head: (i, i + h/2) as in Hugging Face, or (2i, 2i + 1)
 CAPTURED, DERIVED = "captured", "derived"
 AS_DEFINED = "as defined"  # the capture point that the row of the stage describes
+HELD = "held"  # entry of a manifest's ``arithmetic``: parameters as the running engine holds them, name -> where -> value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class Manifest:
     floor : float or None
         Relative L2 of the logits against the same side in float32: what the number format alone costs.
     arithmetic : dict
-        Plain data measured on the machine that made it (accumulation order, RoPE buffer type), for the arithmetic profile.
+        Plain data measured on the machine that made it (accumulation order, RoPE buffer type), for the arithmetic profile; and ``held``,
+        the parameters that the running engine holds, by name and by where each value was first met (``judge.loaded`` has the names).
     tensors : dict of Key to TensorNote
     notes : tuple of str
         Sentences for the reader.

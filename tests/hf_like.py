@@ -22,6 +22,7 @@ from aprender.manifest import CAPTURED, DERIVED, Manifest, TensorNote
 Array = NDArray[np.float32]
 Key = tuple[str, int | None]
 Plant = Callable[[str, int | None, Array], Array]
+Multiply = Callable[[str, int | None, Array, Array], Array]
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 FORMATS = tuple(DTYPES)
@@ -53,11 +54,23 @@ def model(shape: tiny.Shape, seed: int = 0) -> ModelData:
     return ModelData(shape.arch, shape.flags, shape.hparams, weights)
 
 
+def float32(stage: str, layer: int | None, a: Array, b: Array) -> Array:
+    """A product of a stage: [..., T, K] times [..., K, N]."""
+    return a @ b
+
+
 def capture(
-    data: ModelData, ids: Sequence[int], fmt: str, plant: Plant | None = None, *, scores: str = CAPTURED, drop: Sequence[str] = ()
+    data: ModelData,
+    ids: Sequence[int],
+    fmt: str,
+    plant: Plant | None = None,
+    *,
+    scores: str = CAPTURED,
+    drop: Sequence[str] = (),
+    multiply: Multiply = float32,
 ) -> Captures:
     """Run the ids and keep every stage, as the profile ``hf-<fmt>`` declares; the product before a bias is marked derived."""
-    values = run(data, ids, fmt, plant)
+    values = run(data, ids, fmt, plant, multiply)
     origins = {"attn_scores": scores, "qkv_matmul": DERIVED if "QKV_BIAS" in data.flags else CAPTURED}
     kept = {key: value for key, value in values.items() if key[0] not in drop}
     notes = {key: TensorNote.of(value, dtype=DTYPES[fmt], origin=origins.get(key[0], CAPTURED)) for key, value in kept.items()}
@@ -72,7 +85,7 @@ def profile(fmt: str) -> arithmetic.Profile:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # an overflow is a value that some tests want
-def run(data: ModelData, ids: Sequence[int], fmt: str, plant: Plant | None = None) -> dict[Key, Array]:
+def run(data: ModelData, ids: Sequence[int], fmt: str, plant: Plant | None = None, multiply: Multiply = float32) -> dict[Key, Array]:
     """All stages of one sequence."""
     out: dict[Key, Array] = {}
     h: Mapping[str, Any] = data.hparams
@@ -112,7 +125,7 @@ def run(data: ModelData, ids: Sequence[int], fmt: str, plant: Plant | None = Non
     table = keep("rope_table", None, np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
     for i in range(int(h["layers"])):
         y = keep("attn_norm", i, norm(x, weight("attn_norm", i)))
-        qkv = np.concatenate([y @ weight(name, i).T for name in ("attn_q", "attn_k", "attn_v")], axis=1)
+        qkv = np.concatenate([multiply("qkv_matmul", i, y, weight(name, i).T) for name in ("attn_q", "attn_k", "attn_v")], axis=1)
         if "QKV_BIAS" in data.flags:
             out["qkv_matmul", i] = rounded(qkv, fmt)
             bias = np.concatenate([weight(f"attn_{part}_bias", i) for part in "qkv"])
@@ -124,19 +137,22 @@ def run(data: ModelData, ids: Sequence[int], fmt: str, plant: Plant | None = Non
             q, k = keep("q_norm", i, norm(q, weight("attn_q_norm", i))), keep("k_norm", i, norm(k, weight("attn_k_norm", i)))
         q, k = keep("q_post_rope", i, turn(q)), keep("k_post_rope", i, turn(k))
         k, v = keep("k_cache", i, k), keep("v_cache", i, v)
-        s = rounded(by_head(q) @ by_head(k, heads // kv).transpose(0, 2, 1), fmt) * scale
+        s = rounded(multiply("attn_scores", i, by_head(q), by_head(k, heads // kv).transpose(0, 2, 1)), fmt) * scale
         s = keep("attn_scores", i, np.where(seen, s, np.float32(0)))
         e = np.where(seen, np.exp(s - np.where(seen, s, -np.inf).max(axis=2, keepdims=True)), np.float32(0))
         p = keep("attn_softmax", i, e / e.sum(axis=2, keepdims=True, dtype=np.float32))
-        a = keep("attention", i, (p @ by_head(v, heads // kv)).transpose(1, 0, 2).reshape(len(ids), -1))
-        a = a @ weight("attn_output", i).T
+        a = keep("attention", i, multiply("attention", i, p, by_head(v, heads // kv)).transpose(1, 0, 2).reshape(len(ids), -1))
+        a = multiply("attn_out", i, a, weight("attn_output", i).T)
         a = keep("attn_out", i, a + weight("attn_output_bias", i) if "O_BIAS" in data.flags else a)
         x = keep("post_attn_residual", i, x + a)
         y = keep("ffn_norm", i, norm(x, weight("ffn_norm", i)))
-        gate, up = keep("ffn_gate", i, y @ weight("ffn_gate", i).T), keep("ffn_up", i, y @ weight("ffn_up", i).T)
+        gate, up = (
+            keep("ffn_gate", i, multiply("ffn_gate", i, y, weight("ffn_gate", i).T)),
+            keep("ffn_up", i, multiply("ffn_up", i, y, weight("ffn_up", i).T)),
+        )
         gate = keep("ffn_silu", i, gate / (np.float32(1) + np.exp(-gate)))
         y = keep("ffn_swigl", i, gate * up)
-        x = keep("post_ffn_residual", i, x + keep("ffn_out", i, y @ weight("ffn_down", i).T))
+        x = keep("post_ffn_residual", i, x + keep("ffn_out", i, multiply("ffn_out", i, y, weight("ffn_down", i).T)))
     y = keep("final_norm", None, norm(x, weight("output_norm")))
-    keep("lm_head", None, y @ weight("output").T)
+    keep("lm_head", None, multiply("lm_head", None, y, weight("output").T))
     return out

@@ -30,17 +30,17 @@ from transformers.utils import cached_file, logging
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures
 from aprender.errors import CannotRun, ConfigError, Error
-from aprender.manifest import Manifest, TensorNote
-from aprender.sides import torch_order
+from aprender.manifest import HELD, Manifest, TensorNote
+from aprender.sides import hf_held, hf_pieces, torch_order
 from aprender.sides.base import Progress, checked_ids
-from aprender.sides.hf_record import ATTENTION, Recorder, Site, same_bits
+from aprender.sides.hf_record import EAGER, SDPA, TRACED, Recorder, Site, inside_attention, same_bits
 from aprender.stages import Key, Selection
 from aprender.text import Tokenizer, from_json
 
 Array = NDArray[np.float32]
 
 PROFILES: Mapping[str, str] = {"float32": "hf-f32", "float16": "hf-f16", "bfloat16": "hf-bf16"}
-"""dtype to the row of :mod:`aprender.arithmetic` that eager attention has with it."""
+"""dtype to the row of :mod:`aprender.arithmetic` that eager attention has with it; that of sdpa has ``-sdpa`` after it."""
 
 OPTIONS: Mapping[str, Callable[[Any], bool]] = {
     "UNTIED": lambda config: not config.tie_word_embeddings,
@@ -61,7 +61,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 class HFSide:
-    """A transformers model with eager attention.
+    """A transformers model, its attention eager unless the declared arithmetic says sdpa (:meth:`declare`).
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class HFSide:
         self.name = name
         self.dtype = dtype
         self.spelling = spelling or f"hf:{name}@{dtype}"
-        self.profile = arithmetic.profile(PROFILES[dtype])
+        self.profile, self.attention = arithmetic.profile(PROFILES[dtype]), EAGER
         self.offline = _offline(name)
         self.config = _load_config(name, self.offline)
         self.arch, self.flags = _described(self.config, name)
@@ -94,11 +94,33 @@ class HFSide:
 
     # -- the forward pass --
 
+    def declare(self, declared: arithmetic.Profile) -> None:
+        """Run attention as a declared arithmetic of this dtype does, eager or as one kernel (sdpa); another eager row changes nothing here.
+
+        Raises
+        ------
+        CannotRun
+            One kernel, and of another dtype.
+        """
+        if PROFILES[self.dtype] not in (declared.name, declared.name.removesuffix(f"-{SDPA}")):
+            if declared.fused:
+                text = f"{self.spelling} cannot be run as {declared.name}: its numbers are {self.dtype}; open it in the other dtype"
+                raise CannotRun(text, code="ARGUMENT", field="arithmetic")
+            return
+        self.profile, self.attention = declared, SDPA if declared.fused else EAGER
+        self.model.set_attn_implementation(self.attention)
+
+    def keys(self) -> list[Key]:
+        """Every stage that it shows, in execution order: what is inside a fused kernel is not."""
+        every = stages.keys(self.flags, int(self.hparams["layers"]))
+        return every if self.attention == EAGER else [key for key in every if not inside_attention(stages.by_name[key[0]])]
+
     def capture(self, ids: Sequence[int], keep: Selection | None = None, progress: Progress | None = None) -> Captures:
         """Run a sequence in one go from position 0 and hand out the selected stages (all if not given).
 
-        The pass is run twice: with hooks and the registered attention function, and as transformers runs it by itself with eager attention,
-        which is what makes the text.  Whether the logits of the two are bit-equal is the manifest's ``attestation``.
+        The pass is run twice: with hooks and the registered attention function, and as transformers runs it by itself, which is what makes
+        the text.  Whether the logits of the two are bit-equal is the manifest's ``attestation``; which path of attention it was stands in
+        its ``arithmetic``.  With sdpa the scores and the probabilities are never formed, and are not among the captures.
 
         Parameters
         ----------
@@ -114,14 +136,30 @@ class HFSide:
             No ids, or one outside the vocabulary.
         """
         ids = checked_ids(ids, int(self.hparams["vocab"]))
-        every = stages.keys(self.flags, int(self.hparams["layers"]))
+        every = self.keys()
         wanted = frozenset(key for key in every if keep is None or keep(key))
         recorder = Recorder(self.model, wanted, self.flags, progress)
-        with self._attention(ATTENTION), recorder:
+        with self._traced(), recorder:
             hooked = self._forward(ids)[0]
         attested = same_bits(hooked, self._forward(ids)[0])
         arrays, notes = self._arrays(recorder, [key for key in every if key in wanted], len(ids))
         return Captures(arrays, self._manifest(ids, notes, attested))
+
+    def capture_pieces(self, ids: Sequence[int], sizes: Sequence[int]) -> Captures:
+        """Run a sequence in pieces on transformers' own cache: all stages as one sequence, with the pieces kept."""
+        return hf_pieces.capture_pieces(self, ids, sizes)
+
+    def capture_end(self, ids: Sequence[int], count: int) -> Captures:
+        """All stages of the last ``count`` ids, run on the cache of those before, whose keys and values are its past."""
+        return hf_pieces.capture_end(self, ids, count)
+
+    def capture_batch(self, rows: Sequence[Sequence[int]], padding: str, single: int = 0) -> tuple[Captures, ...]:
+        """Run sequences as one batch padded ``left`` or ``right``; each is handed out by itself, its padding dropped."""
+        return hf_pieces.capture_batch(self, rows, padding, single)
+
+    def rotary_table(self, positions: Sequence[int]) -> Captures:
+        """What the rotary module gives for any positions: a capture of that one stage."""
+        return hf_pieces.rotary_table(self, positions)
 
     def _forward(self, ids: Sequence[int], past: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits [T, V] of the ids, and the cache after them."""
@@ -130,21 +168,23 @@ class HFSide:
         return out.logits[0], out.past_key_values
 
     @contextlib.contextmanager
-    def _attention(self, name: str) -> Iterator[None]:
-        """Run with another attention function than the model's own eager one."""
-        self.model.set_attn_implementation(name)
+    def _traced(self) -> Iterator[None]:
+        """Run with the registered attention function in place of the model's own."""
+        self.model.set_attn_implementation(TRACED[self.attention])
         try:
             yield
         finally:
-            self.model.set_attn_implementation("eager")
+            self.model.set_attn_implementation(self.attention)
 
-    def _arrays(self, recorder: Recorder, keys: Sequence[Key], tokens: int) -> tuple[dict[Key, Array], dict[Key, TensorNote]]:
-        """What was recorded, widened to float32, with its notes; the shapes are checked against the table."""
+    def _arrays(
+        self, recorder: Recorder, keys: Sequence[Key], tokens: int, held: int | None = None
+    ) -> tuple[dict[Key, Array], dict[Key, TensorNote]]:
+        """What was recorded, widened to float32, with its notes; shapes are checked against the table (``held``: keys in the cache)."""
         arrays, notes = {}, {}
         for key in keys:
             row = stages.by_name[key[0]]
             value = recorder.values.pop(key, None)
-            shape = row.dims(self.hparams, tokens)
+            shape = row.dims(self.hparams, tokens, held)
             if value is None or tuple(value.shape) != shape:
                 found = "was not computed" if value is None else f"has shape {list(value.shape)}, {list(shape)} is needed"
                 raise ConfigError(f"{stages.spell(key)} {found} by {type(self.model).__name__}", code="SHAPE", stage=key[0], layer=key[1])
@@ -153,7 +193,9 @@ class HFSide:
             notes[key] = TensorNote.of(arrays[key], dtype=dtype, origin=recorder.origins[key], site=site)
         return arrays, notes
 
-    def _manifest(self, ids: tuple[int, ...], notes: dict[Key, TensorNote], attested: bool) -> Manifest:
+    def _manifest(
+        self, ids: tuple[int, ...], notes: dict[Key, TensorNote], attested: bool | None, arithmetic: dict[str, Any] | None = None
+    ) -> Manifest:
         where = Path(self.name)
         tokenizer = self.tokenizer()
         return Manifest(
@@ -171,12 +213,14 @@ class HFSide:
             flags=self.flags,
             hparams=dict(self.hparams),
             attestation=attested,
-            arithmetic=self.arithmetic(len(ids)),
+            arithmetic=(self.arithmetic(len(ids)) if arithmetic is None else arithmetic) | {HELD: hf_held.held(self.model)},
             tensors=notes,
         )
 
     def arithmetic(self, tokens: int) -> dict[str, Any]:
-        """What this machine does with so many tokens, as plain data: ``matmul`` (order of accumulation, probed), ``inv_freq`` (type).
+        """What this machine does with so many tokens, as plain data.
+
+        ``matmul`` is the order of accumulation, probed; ``inv_freq`` the type of the rotary frequencies; ``attention_path`` what runs.
 
         In float16 and bfloat16 the order is left open: the rounding of each output hides it, and the sums are far below that rounding.
         """
@@ -185,13 +229,14 @@ class HFSide:
             found["matmul"] = torch_order.identify(self._products(tokens))
         rotary = next(row for row in stages.STAGES if row.hf.startswith("rope:"))
         buffer = self.model.get_submodule(Site.parse(rotary.hf, None).where[0]).inv_freq
-        return found | {"inv_freq": str(buffer.dtype).removeprefix("torch.")}
+        return found | {"inv_freq": str(buffer.dtype).removeprefix("torch."), "attention_path": self.attention}
 
     def _products(self, tokens: int) -> list[tuple[torch_order.Product, int, int, int]]:
         """(product, T, K, N) of every kind of product in the model, each once."""
         linear = {tuple(module.weight.shape) for module in self.model.modules() if isinstance(module, torch.nn.Linear)}
         heads, head = int(self.hparams["heads"]), int(self.hparams["head"])
         attention = [(torch_order.scores(heads), tokens, head, tokens), (torch_order.mix(heads), tokens, tokens, head)]
+        attention = attention if self.attention == EAGER else []  # one kernel shows no product of its own
         return [(torch_order.projection, tokens, k, n) for n, k in sorted(linear)] + attention
 
     # -- the model as held --
@@ -392,7 +437,7 @@ def _load_model(name: str, config: Any, dtype: str, offline: bool) -> Any:
     """The model in a dtype, on the CPU, with every parameter from the checkpoint and no tensor of the checkpoint left over."""
     with _foreign(name, "cannot be loaded"):
         model, said = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False, use_safetensors=True,
+            name, config=config, dtype=getattr(torch, dtype), attn_implementation=EAGER, trust_remote_code=False, use_safetensors=True,
             local_files_only=offline, output_loading_info=True,
         )  # fmt: skip
     for kind, code, word in (

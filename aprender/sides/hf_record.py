@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from aprender import _core, stages
 from aprender.errors import CannotRun, ConfigError
@@ -27,7 +28,10 @@ from aprender.manifest import CAPTURED, DERIVED
 from aprender.sides.base import Progress
 from aprender.stages import Key
 
-ATTENTION = "aprender_traced"  # the name under which attention and its mask are registered with transformers
+EAGER, SDPA = "eager", "sdpa"  # transformers' own names of its two attention paths on a CPU
+ATTENTION = "aprender_traced"  # the names under which attention and its mask are registered with transformers: eager,
+FUSED = "aprender_traced_sdpa"  # and one kernel
+TRACED: Mapping[str, str] = {EAGER: ATTENTION, SDPA: FUSED}
 
 _SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 
@@ -87,9 +91,27 @@ def _attention(
     return out, weights
 
 
+def _fused(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **more: Any
+) -> tuple[torch.Tensor, None]:
+    """The registered attention function of one kernel: transformers' own, with a look at what goes in."""
+    recorder = _active.get()
+    if recorder is not None:
+        recorder.entered(module.layer_idx, query, key, value)
+    out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **more)
+    return out
+
+
 # A name without a mask function would make attention bidirectional without a word (tests/test_hf.py has that failure).
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
+AttentionInterface.register(FUSED, _fused)
+AttentionMaskInterface.register(FUSED, sdpa_mask)
+
+
+def inside_attention(row: stages.Stage) -> bool:
+    """Whether a stage lies inside attention, where a fused kernel forms no value: the scores and the probabilities."""
+    return Site.parse(row.hf, 0).kind == "ret" or (row.hf == "derived" and _DERIVED[row.op] is _by_attention)
 
 
 @dataclass
@@ -186,18 +208,26 @@ class Recorder:
 
         ``scores`` are recomputed; where the softmax was given the very same bits at every allowed place they count as captured.
         """
+        self.entered(layer, query, key, value)
+        for row in stages.STAGES:
+            if row.hf == "ret:weights":
+                self.put((row.name, layer), weights[0])
+            elif row.hf == "derived" and _DERIVED[row.op] is _by_attention:
+                allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else (mask[..., : key.shape[2]] == 0).expand_as(scores)
+                proved = consumed is not None and same_bits(_numbers(scores[allowed]), _numbers(consumed[allowed]))
+                # the mask is added: it hides a number, but not one that is none
+                hidden = ~allowed & torch.isfinite(scores)
+                self.put((row.name, layer), scores.masked_fill(hidden, 0)[0], CAPTURED if proved else DERIVED)
+
+    def entered(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """What the attention function of a layer was given."""
         tokens = query.shape[2]
         shown = {
             "arg:query": _heads(query), "arg:key_now": _heads(key[:, :, -tokens:]), "arg:key": _heads(key), "arg:value": _heads(value),
-            "ret:weights": weights[0],
         }  # fmt: skip
         for row in stages.STAGES:
             if row.hf in shown:
                 self.put((row.name, layer), shown[row.hf])
-            elif row.hf == "derived" and _DERIVED[row.op] is _by_attention:
-                allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else (mask[..., : key.shape[2]] == 0).expand_as(scores)
-                proved = consumed is not None and same_bits(scores[allowed], consumed[allowed])
-                self.put((row.name, layer), scores.masked_fill(~allowed, 0)[0], CAPTURED if proved else DERIVED)
 
     def _watch_progress(self, tell: Progress) -> None:
         """Tell the share of layers done after each layer."""
@@ -216,6 +246,11 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 def _heads(value: torch.Tensor) -> torch.Tensor:
     """[1, heads, T, h] as [T, heads x h]."""
     return _flat(value.transpose(1, 2))
+
+
+def _numbers(value: torch.Tensor) -> torch.Tensor:
+    """The same with one NaN for all and one zero: adding a mask of 0 may turn the sign of either."""
+    return torch.where(torch.isnan(value), torch.nan, value) + 0.0
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ Called by ``sides.open_side``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from aprender import arithmetic, errors, stages
 from aprender.captures import Captures, open_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError
 from aprender.manifest import Manifest
+from aprender.pieces import Piece, cuts, whole
 from aprender.sides.base import Progress, checked_ids
 from aprender.sides.own import OwnSide
 from aprender.stages import Selection
@@ -48,6 +50,9 @@ CHUNK = 512
 
 MOST_THREADS = 512
 """As many as ggml has room for; it does not refuse more, it goes on to start them."""
+
+LONGEST = 127
+"""Bytes that an override's key, or its text, may have."""
 
 CONTAINER = "gguf"
 """The one container that llama.cpp reads."""
@@ -96,6 +101,8 @@ class LlamaCppSide:
         Tokens computed at once; 1 is token by token, as text is made.
     cpu : str, optional
         Variant of the CPU library (``haswell``, ``zen4`` …); the best one here if not given.
+    overrides : mapping, optional
+        Metadata keys to values that llama.cpp is told to believe in place of the file's, as its ``--override-kv`` does.
     spelling : str, optional
         How the user wrote it.
 
@@ -115,8 +122,12 @@ class LlamaCppSide:
         threads: int | None = None,
         chunk: int = CHUNK,
         cpu: str | None = None,
+        overrides: Mapping[str, bool | int | float | str] | None = None,
         spelling: str | None = None,
     ) -> None:
+        for key, value in (overrides or {}).items():
+            if max(len(text.encode()) for text in (key, value if isinstance(value, str) else "")) > LONGEST:
+                raise ArgumentError(f"override of {key!r}: more than {LONGEST} bytes", code="ARGUMENT", field="overrides")
         if chunk < 1:
             raise ArgumentError(f"chunk {chunk}: a positive number of tokens is needed", code="ARGUMENT", field="chunk")
         if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -133,6 +144,7 @@ class LlamaCppSide:
             "chunk": chunk,
             "cpu": cpu,
             "cache": cache,
+            "overrides": dict(overrides or {}),
         }
 
     @property
@@ -172,20 +184,31 @@ class LlamaCppSide:
         ConfigError
             Its graph has another shape than the stage table says.
         """
+        chunk = self._options["chunk"]
+        sizes = [min(chunk, len(ids) - first) for first in range(0, len(ids), chunk)]
+        return self._captured(ids, sizes, keep, progress)
+
+    def capture_pieces(self, ids: Sequence[int], sizes: Sequence[int]) -> Captures:
+        """Run a sequence in pieces of the given sizes on one cache: all stages as one sequence, with the pieces kept."""
+        return self._captured(ids, sizes, None, None)
+
+    def _captured(self, ids: Sequence[int], sizes: Sequence[int], keep: Selection | None, progress: Progress | None) -> Captures:
+        """The pieces that a worker has run and saved, as one capture."""
         model = self.source.model
         ids = checked_ids(ids, int(model.hparams["vocab"]))
+        parts = cuts(sizes, len(ids))
         shown = [key for key in stages.keys(model.flags, int(model.hparams["layers"])) if stages.by_name[key[0]].node]
         keys = [key for key in shown if keep is None or keep(key)]
         with tempfile.TemporaryDirectory(prefix="aprender-") as folder:
             tokenizer = self._readable_tokenizer()
             about = {"digest": self.digest, "tokenizer_digest": tokenizer.digest if tokenizer else None}
-            for line in self._ask("capture", ids, keys=keys, out=folder, **about):
+            for line in self._ask("capture", ids, keys=keys, out=folder, sizes=list(sizes), **about):
                 if progress:
                     progress(line["progress"])
-            saved = open_captures(folder)
-            arrays = {key: saved[key] for key in saved}
-        manifest: Manifest = saved.manifest
-        return Captures(arrays, manifest)
+            saved = [open_captures(Path(folder) / str(at)) for at in range(len(parts))]
+            pieces = [Piece(*part, {key: piece[key] for key in piece}) for part, piece in zip(parts, saved, strict=True)]
+        made: Manifest = saved[-1].manifest
+        return whole(pieces, dataclasses.replace(made, tokens=ids, positions=tuple(range(len(ids)))))
 
     def _readable_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None also where it cannot be read, for ids alone need none."""

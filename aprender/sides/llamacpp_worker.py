@@ -18,7 +18,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from aprender import _core, stages
 from aprender.captures import Captures, save
 from aprender.errors import CannotRun, ConfigError, Error
-from aprender.manifest import HALVES, PAIRS, Manifest, TensorNote
+from aprender.manifest import HALVES, HELD, PAIRS, Manifest, TensorNote
+from aprender.pieces import cuts
 from aprender.sides.llamacpp import ENGINE, RELEASE
 from aprender.stages import Key, Stage
 
@@ -72,6 +73,12 @@ CONTEXT: Mapping[str, tuple[str, int, int]] = {
     "flash_attn_type": ("i", 52, -1), "cb_eval": ("Q", 88, 0), "cb_eval_user_data": ("Q", 96, 0), "type_k": ("i", 104, 1),
     "type_v": ("i", 108, 1),
 }  # fmt: skip
+
+# llama_model_params: the entry that is used, and two that prove where it is; struct llama_model_kv_override: tag, key, value.
+MODEL: Mapping[str, tuple[str, int, int]] = {"kv_overrides": ("Q", 64, 0), "n_gpu_layers": ("i", 16, -1), "use_extra_bufts": ("B", 74, 1)}
+OVERRIDE = struct.Struct("<i128s4x128s")
+TAGS: tuple[tuple[type, int, str], ...] = ((bool, 2, "<?"), (int, 0, "<q"), (float, 1, "<d"), (str, 3, "128s"))
+"""Python type to the tag of an override and the layout of its value; a bool is an int too and comes first."""
 
 TYPES: Mapping[int, str] = {0: "float32", 1: "float16"}
 """ggml's number of what a node can hold here, and NumPy's name."""
@@ -127,6 +134,7 @@ FUNCTIONS: Mapping[str, tuple[Any, list[Any]]] = {
     "llama_model_load_from_file": (_P, [_S, Opaque]),
     "llama_model_get_vocab": (_P, [_P]),
     "llama_vocab_n_tokens": (_I, [_P]),
+    **{f"llama_model_{name}": (_I, [_P]) for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "n_ctx_train", "n_swa")},
     "llama_init_from_model": (_P, [_P, Opaque]),
     "llama_free": (None, [_P]),
     "llama_batch_init": (Batch, [_I, _I, _I]),
@@ -192,11 +200,11 @@ class Library:
     def _check(self, where: Path) -> None:
         if self.version.split("-")[0] != RELEASE:
             raise CannotRun(f"llama.cpp {RELEASE} is needed, {where} has {self.version}", code="BAD_VERSION", path=str(where))
-        params = self.llama_context_default_params()
-        for name, (kind, offset, default) in CONTEXT.items():
-            if params.get(kind, offset) != default:
-                found = f"{name} reads {params.get(kind, offset)}, {default} is its default"
-                raise CannotRun(f"llama.cpp {self.version} in {where}: {found}", code="BAD_VERSION", path=str(where), field=name)
+        for params, fields in ((self.llama_context_default_params(), CONTEXT), (self.llama_model_default_params(), MODEL)):
+            for name, (kind, offset, default) in fields.items():
+                if params.get(kind, offset) != default:
+                    found = f"{name} reads {params.get(kind, offset)}, {default} is its default"
+                    raise CannotRun(f"llama.cpp {self.version} in {where}: {found}", code="BAD_VERSION", path=str(where), field=name)
 
     def read(self, tensor: Tensor, pointer: int) -> Array:
         """A copy of a tensor as float32, axes slowest first: [ne3, ne2, ne1, ne0]; views with any strides."""
@@ -222,6 +230,13 @@ def _loaded_cpu() -> str:
 VIEW = "VIEW"
 SOFT_MAX = "SOFT_MAX"
 SCORES = "SCORES"
+GIVEN: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "RMS_NORM": (("eps", 0),),
+    "ROPE": (("theta", 5), ("rope_scale", 6), ("rope_extrapolation", 7), ("rope_attention_scale", 8)),
+    SOFT_MAX: (("attention_scale", 0), ("alibi", 1)),
+}
+"""Operation to the parameters of its nodes that are held against the file, and where among op_params each float is."""
+
 TRANSPOSED = frozenset({"cache_v"})  # without flash attention the values lie with the token as the fastest axis
 
 
@@ -299,6 +314,8 @@ class Recorder:
         One array per piece of the prompt, in the shape of the stage.
     nodes : dict of Key to (str, str)
         Name of the node (of several parts the last), and its type.
+    held : dict of str to (dict of str to float)
+        Parameters that nodes were given: each value that occurs, with the first node that has it.
     """
 
     def __init__(self, library: Library, wanted: Iterable[Key], model: _core.Model) -> None:
@@ -306,6 +323,7 @@ class Recorder:
         self.sites = Sites.of(wanted, model.flags)
         self.values: dict[Key, list[Array]] = {}
         self.nodes: dict[Key, tuple[str, str]] = {}
+        self.held: dict[str, dict[str, float]] = {}
         self.problem: Exception | None = None
         self.tokens = self.keys = 0
         self._parts: dict[Key, dict[int, Array]] = {}
@@ -327,6 +345,7 @@ class Recorder:
             site = self._site(tensor, op)
             softmax = op == SOFT_MAX and bool(self._raw_scores)
             if ask:
+                self._hold(tensor, op)
                 return site is not None or op == SOFT_MAX
             if softmax:
                 self._scale(tensor)
@@ -344,6 +363,14 @@ class Recorder:
         if said != read:
             raise CannotRun(f"llama.cpp {self.library.version}: a tensor reads as {read}, it is {said}", code="BAD_VERSION")
         self._checked = True
+
+    def _hold(self, tensor: Tensor, op: str) -> None:
+        """Note what a node is given besides its inputs."""
+        for name, at in GIVEN.get(op, ()):
+            (value,) = struct.unpack("f", struct.pack("i", tensor.op_params[at]))
+            places = self.held.setdefault(name, {})
+            if value not in places.values():
+                places[tensor.name.decode()] = value
 
     def _site(self, tensor: Tensor, op: str) -> Site | None:
         sources = [Tensor.from_address(source).name.decode() for source in tensor.src if source is not None]
@@ -384,7 +411,7 @@ class Recorder:
         return value.reshape(self.tokens, -1)
 
     def _scale(self, softmax: Tensor) -> None:
-        """Scores as the softmax forms them: the product times the scale that this node was given, rounded; 0 for later keys.
+        """Scores as the softmax forms them: the product times the scale that this node was given, rounded; 0 for later keys, if finite.
 
         The engine's own mask shows in the probabilities, where the judge demands 0 for a key that may not be seen.
         """
@@ -397,7 +424,8 @@ class Recorder:
         key, raw = self._raw_scores.pop(source)
         first = self.keys - self.tokens
         seen = np.arange(self.keys)[None, :] <= first + np.arange(self.tokens)[:, None]
-        self._put(key, np.where(seen, raw * np.float32(scale), np.float32(0)))
+        scores = raw * np.float32(scale)
+        self._put(key, np.where(seen | ~np.isfinite(scores), scores, np.float32(0)))  # the mask is added: it hides no NaN
 
 
 # ---- running -------------------------------------------------------------------------------------------------------------------------
@@ -406,12 +434,32 @@ class Recorder:
 class Engine:
     """A model held by llama.cpp."""
 
-    def __init__(self, library: Library, path: str, threads: int, cache: str) -> None:
+    def __init__(self, library: Library, path: str, threads: int, cache: str, overrides: Mapping[str, Any]) -> None:
         self.library, self.threads, self.cache = library, threads, cache
-        self.model = library.llama_model_load_from_file(os.fsencode(path), library.llama_model_default_params())
+        params = library.llama_model_default_params()
+        if overrides:
+            self._overrides = ctypes.create_string_buffer(b"".join(map(_override, overrides.items())) + bytes(OVERRIDE.size))
+            where, offset, _ = MODEL["kv_overrides"]
+            params.set(where, offset, ctypes.addressof(self._overrides))
+        self.model = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise CannotRun(f"{path}: llama.cpp {library.version} refuses it{library.last_words()}", code="LOAD", path=path)
         self.width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.model))
+
+    def held(self) -> dict[str, dict[str, int]]:
+        """Hyper-parameters as the library says that it holds them."""
+        said = {
+            "layers": "n_layer",
+            "dim": "n_embd",
+            "heads": "n_head",
+            "kv_heads": "n_head_kv",
+            "context": "n_ctx_train",
+            "window": "n_swa",
+        }
+        found = {name: f"llama_model_{function}" for name, function in said.items()}
+        return {name: {f: getattr(self.library, f)(self.model)} for name, f in found.items()} | {
+            "vocab": {"llama_vocab_n_tokens": self.width}
+        }
 
     def context(self, tokens: int, batch: int, recorder: Recorder | None = None) -> int:
         """A context for so many tokens, at most ``batch`` at a time: flash attention off, every logit wanted."""
@@ -448,13 +496,13 @@ class Engine:
         """Logits [V] of one row of the last batch."""
         return np.ctypeslib.as_array(self.library.llama_get_logits_ith(context, row), (self.width,)).copy()
 
-    def forward(self, ids: Sequence[int], chunk: int, recorder: Recorder | None, tell: Any) -> Array:
-        """Logits of every position, [T, V], the prompt in pieces of ``chunk`` tokens."""
-        context = self.context(len(ids), min(chunk, len(ids)), recorder)
+    def forward(self, ids: Sequence[int], parts: Sequence[tuple[int, int]], recorder: Recorder | None, tell: Any) -> Array:
+        """Logits of every position, [T, V], the prompt in pieces from a first token to a last (exclusive)."""
+        context = self.context(len(ids), max(last - first for first, last in parts), recorder)
         out = []
         try:
-            for first in range(0, len(ids), chunk):
-                piece = ids[first : first + chunk]
+            for first, last in parts:
+                piece = ids[first:last]
                 if recorder is not None:
                     recorder.expect(len(piece), first + len(piece))
                 self.decode(context, piece, first)
@@ -467,37 +515,30 @@ class Engine:
         return np.concatenate(out)
 
 
-def joined(parts: Sequence[Array], row: Stage, keys: int) -> Array:
-    """Pieces of a prompt as one: along the tokens, scores filled up with 0 to the last key; caches are those after the last piece."""
-    if "T" not in row.shape:
-        return parts[-1]
-    if "J" in row.shape:
-        parts = [np.pad(part, ((0, 0), (0, 0), (0, keys - part.shape[2]))) for part in parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=row.shape.index("T"))
+def _override(entry: tuple[str, Any]) -> bytes:
+    """One entry of the metadata as llama_model_kv_override."""
+    key, value = entry
+    tag, layout = next((tag, layout) for kind, tag, layout in TAGS if isinstance(value, kind))
+    return OVERRIDE.pack(tag, key.encode(), struct.pack(layout, value.encode() if isinstance(value, str) else value))
 
 
 def capture(request: Mapping[str, Any], library: Library, tell: Any) -> None:
-    """Capture the stages that are asked for and save them, with attestation."""
+    """Capture the stages that are asked for and save them, with attestation: one capture per piece, numbered from 0."""
     model = _core.Model(_core.File(request["model"]))
     wanted = [(stage, layer) for stage, layer in request["keys"]]
-    ids, chunk, cache = request["ids"], request["chunk"], request["cache"]
-    engine = Engine(library, request["model"], request["threads"], cache)
+    ids, parts = request["ids"], cuts(request["sizes"], len(request["ids"]))
+    engine = Engine(library, request["model"], request["threads"], request["cache"], request["overrides"])
     recorder = Recorder(library, wanted, model)
-    traced = engine.forward(ids, chunk, recorder, lambda share: tell(0.6 * share))
-    plain = engine.forward(ids, chunk, None, lambda share: tell(0.6 + 0.4 * share))
+    traced = engine.forward(ids, parts, recorder, lambda share: tell(0.6 * share))
+    plain = engine.forward(ids, parts, None, lambda share: tell(0.6 + 0.4 * share))
     missing = [key for key in wanted if key not in recorder.values and stages.by_name[key[0]].node]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         text = f"llama.cpp's graph has no node '{stages.by_name[missing[0][0]].node}' for {stages.spell(missing[0])}{more}"
         raise ConfigError(text, code="MISSING", stage=missing[0][0], layer=missing[0][1])
-    arrays = {key: joined(parts, stages.by_name[key[0]], len(ids)) for key, parts in recorder.values.items()}
-    notes = {}
-    for key, array in arrays.items():
-        node, dtype = recorder.nodes[key]
-        notes[key] = TensorNote.of(array, dtype, site=node, lanes=lanes(key[0], model))
     made = Manifest(
         side=request["spelling"],
-        tokens=tuple(ids),
+        tokens=(),
         producer=ENGINE,
         version=library.version,
         backend="cpu",
@@ -510,15 +551,26 @@ def capture(request: Mapping[str, Any], library: Library, tell: Any) -> None:
         flags=model.flags,
         hparams=dict(model.hparams),
         attestation=bool(np.array_equal(traced.view(np.uint32), plain.view(np.uint32))),
-        arithmetic={"cpu": library.cpu, "fma": library.cpu not in WITHOUT_FMA, "half_away": library.cpu in HALF_AWAY},
-        tensors=notes,
+        arithmetic={
+            "cpu": library.cpu,
+            "fma": library.cpu not in WITHOUT_FMA,
+            "half_away": library.cpu in HALF_AWAY,
+            HELD: engine.held() | recorder.held,
+        },
     )
-    save(Captures(arrays, made), request["out"])
+    for at, (first, last) in enumerate(parts):
+        arrays = {key: values[at] for key, values in recorder.values.items()}
+        notes = {}
+        for key, array in arrays.items():
+            node, dtype = recorder.nodes[key]
+            notes[key] = TensorNote.of(array, dtype, site=node, lanes=lanes(key[0], model))
+        own = replace(made, tokens=tuple(ids[first:last]), positions=tuple(range(first, last)), tensors=notes)
+        save(Captures(arrays, own), Path(request["out"]) / str(at))
 
 
 def generate(request: Mapping[str, Any], library: Library, say: Any) -> None:
     """Greedy text: each token is told as it comes, the one that ends the text is not."""
-    engine = Engine(library, request["model"], request["threads"], request["cache"])
+    engine = Engine(library, request["model"], request["threads"], request["cache"], request["overrides"])
     ids, chunk, ends = request["ids"], request["chunk"], frozenset(request["ends"])
     context = engine.context(len(ids) + request["count"], min(chunk, len(ids)))
     try:

@@ -12,7 +12,7 @@ import tiny
 
 from aprender import _core, stages
 from aprender.errors import ArgumentError, UnknownName
-from aprender.judge import faults
+from aprender.judge import changes, faults
 from aprender.judge.faults import CONTROLS, FAULTS, plant
 from aprender.sides import own
 
@@ -96,10 +96,47 @@ def check_edit(edit: faults.Edit, key: stages.Key):
 def test_every_site_of_a_fault_has_its_prediction(name: str):
     row = FAULTS[name]
     assert set(row.at) == set(row.changes)
-    for changes in row.changes.values():
-        assert changes
-        assert all(change["of"] in CHANGED for change in changes)
-        json.dumps(changes)
+    for found in row.changes.values():
+        assert found
+        assert all(change["of"] in CHANGED for change in found)
+        json.dumps(found)
+
+
+@pytest.mark.parametrize("row", [*faults.ROWS, *faults.SUSPECT_ROWS], ids=lambda row: row.name)
+def test_every_change_is_plain_data_that_is_carried_out(row: faults.FaultRow):
+    """Of stages that exist, with an interpreter of every part; and no way of recognizing a fault is listed twice."""
+    assert set(row.changes) | set(row.variants)
+    for stage in {*row.changes, *row.variants}:
+        assert stages.stage(stage)
+        every = [row.changes[stage]] if stage in row.changes else []
+        every += [found for _, found in row.variants.get(stage, ())]
+        texts = [text for text, _ in row.variants.get(stage, ())]
+        assert len(set(texts)) == len(texts)
+        spelled = [json.dumps(found) for found in every]
+        assert len(set(spelled)) == len(spelled)
+        for change in (change for found in every for change in found):
+            assert change["of"] in CHANGED
+            check_change(change)
+
+
+def check_change(change: faults.Change):
+    how = change.get("as")
+    if change["of"] == "weights":
+        assert how in {*changes.TRANSFORMS, "origin", "pairs", "halves"}
+    if change["of"] == "output":
+        assert how in changes.OUTPUTS
+    if change["of"] == "act":
+        assert change["name"] in changes.FUNCTIONS
+    if how == "origin":
+        assert change["origin"] in {row[0] for row in _core.WEIGHTS}
+
+
+def test_what_is_only_suspected_cannot_be_planted():
+    assert set(changes.APPLY) == CHANGED
+    assert not {row.name for row in faults.SUSPECT_ROWS} & set(ALL)
+    assert not any(row.at for row in faults.SUSPECT_ROWS)
+    with pytest.raises(UnknownName, match="no fault 'no-branch'"):
+        plant("no-branch", QWEN2.flags, QWEN2.hparams)
 
 
 def test_where_it_must_show_on_a_side_that_hides_the_stage():

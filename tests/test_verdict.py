@@ -167,6 +167,42 @@ def test_nan_never_hides():
     assert wrong(results) == [("ffn_out", 0)]  # what follows from a NaN input is NaN as it should be
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_nan_of_a_forbidden_key(fmt: str):
+    """One that adds 0 times it to every query is right, and one that skips it: the stage that has it is wrong, and no other.
+
+    Where the key may be seen the mixture is NaN; one that is not, or NaN where every key is finite, is wrong.
+    """
+
+    def broken(s: str, i: int | None, value: np.ndarray) -> np.ndarray:
+        if (s, i) == ("v_cache", 0):
+            value = value.copy()
+            value[13, 5] = np.nan
+        return value
+
+    def skipping(also: Plant) -> Plant:
+        clean = capture(QWEN2, IDS, fmt)["attention", 0]
+
+        def plant(s: str, i: int | None, value: np.ndarray) -> np.ndarray:
+            if (s, i) == ("attention", 0):
+                value = np.concatenate([clean[:13], value[13:]])
+            return also(s, i, broken(s, i, value))
+
+        return plant
+
+    assert wrong(judge(fmt, broken)) == [("v_cache", 0)]
+    assert wrong(judge(fmt, skipping(lambda s, i, value: value))) == [("v_cache", 0)]
+    hidden = skipping(at("attention", 0, lambda s, i, value: np.nan_to_num(value)))
+    assert wrong(judge(fmt, hidden)) == [("v_cache", 0), ("attention", 0)]
+
+    def more(s: str, i: int | None, value: np.ndarray) -> np.ndarray:
+        out = value.copy()
+        out[2, 70] = np.nan  # of another lane: no value of it is NaN
+        return out
+
+    assert wrong(judge(fmt, skipping(at("attention", 0, more)))) == [("v_cache", 0), ("attention", 0)]
+
+
 def test_overflow_of_the_declared_arithmetic_is_no_wrong_operation():
     loud = dataclasses.replace(
         QWEN2, weights={**QWEN2.weights, ("ffn_up", 1): np.asarray(QWEN2.weights["ffn_up", 1]) * np.float32(2.0**16)}
@@ -377,7 +413,7 @@ PARTY = {
     "required": ["spelling", "profile", "backend", "digest"],
     "properties": {name: {"type": ["string", "null"]} for name in ("spelling", "profile", "backend", "digest")},
 }
-FIGURES = ("cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max")
+FIGURES = ("cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max", "loss")
 STATES = [verdict.EXACT, verdict.NOISE, verdict.WRONG, verdict.INHERITED, verdict.UNMEASURED, verdict.NOT_COMPARABLE]
 SCHEMA = {
     "type": "object",
@@ -398,12 +434,13 @@ SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["layer", "stage", "n", *FIGURES, "state"],
+                "required": ["layer", "stage", "n", *FIGURES, "closure", "state"],
                 "additionalProperties": False,
                 "properties": {
                     "layer": {"type": ["integer", "null"]},
                     "stage": {"type": "string"},
                     "n": {"type": "integer"},
+                    "closure": {"const": {"subject": None, "reference": None}},  # judge.closure puts its figures there, later
                     "state": {"enum": STATES},
                     **dict.fromkeys(FIGURES, FIGURE),
                 },

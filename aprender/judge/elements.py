@@ -60,6 +60,8 @@ class Elements:
         Largest and root mean square gap of the finite pairs; None if there is none.
     max_ulp : int
         Largest number of float32 steps between the two of a finite pair.
+    over : tuple of int
+        Finite pairs that are more than 1, 16, 256 and 65536 steps apart.
     rel_l2, cos_distance, std_ratio : float or None
         Norm of the difference over the norm of ``b``; 1 - cosine, exact for small angles; standard deviations, a over b.
     undefined : str or None
@@ -79,6 +81,7 @@ class Elements:
     inf_mismatch: int
     max_abs: float | None
     max_ulp: int
+    over: tuple[int, ...]
     rms: float | None
     rel_l2: float | None
     cos_distance: float | None
@@ -110,6 +113,7 @@ def compare(a: Floats, b: Floats, limit: int = 10) -> Elements:
     return Elements(
         n=a.size, n_bits_equal=said["bits_equal"], n_value_equal=said["value_equal"], nan_a_only=said["nan_a"], nan_b_only=said["nan_b"],
         nan_both=said["nan_both"], inf_mismatch=said["inf_unlike"], max_abs=said["max_abs"] if pairs else None, max_ulp=said["max_ulp"],
+        over=said["over"],
         rms=math.sqrt(said["dd"] / pairs) if pairs else None, rel_l2=rel, cos_distance=cos, std_ratio=std, undefined=why,
         first=None if said["first"] < 0 else said["first"], top=tuple(_element(a, b, at, gap) for at, gap in said["top"]),
     )  # fmt: skip

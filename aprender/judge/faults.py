@@ -22,16 +22,18 @@ An edit, ``target`` first (``stage`` and ``layer`` are those of the site unless 
 A change, ``of`` first::
 
     hparams   name, and value or factor     positions  scale, step, shift, pieces   table   shift: turned by so many positions
-    weights   part, as, ...                 biases     factor                       inputs  index, origin (as above; "zero": nothing)
+    weights   part, as, stored, ...         biases     factor                       inputs  index, origin (as above; "zero": nothing)
     scores    factor of the scale, or value of it                                   mask    shift, window: what a query sees
     rotation  pairing                       heads      div, mod                     act     name
     output    as, when ...                  the right value, changed
+
+``judge/changes.py`` carries them out.  A change of weights or biases is of one ``part`` of its group or of all (None).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,8 @@ Change = Mapping[str, Any]
 Flags = frozenset[str]
 Sites = Mapping[str, tuple[Edit, ...]]
 Possible = Callable[[Flags, HParams], bool]
+Variant = tuple[str, tuple[Change, ...]]
+"""The same kind of fault otherwise, for a diagnosis: what is other in words, and its changes."""
 
 AGREE, REFUSED, HEALS = "agree", "refused", "heals"
 
@@ -76,6 +80,8 @@ class FaultRow:
         Stage where it first shows to the edits that plant it there.
     changes : mapping
         The same stages to the changes of the witness's arguments that predict the wrong stage from its captured inputs.
+    variants : mapping
+        Stage to the same fault otherwise (in one part of a group, with another number): recognized by this name, never planted.
     possible : callable
         Flags and hyper-parameters to whether the model can have it at all.
     also : tuple of str
@@ -97,6 +103,7 @@ class FaultRow:
     shape: str = ""
     first_layer: int = 0
     expect: str = ""
+    variants: Mapping[str, tuple[Variant, ...]] = field(default_factory=dict)
 
     def edits(self, stage: str, layer: int | None, flags: Flags) -> tuple[Edit, ...]:
         """What plants it at a stage; empty if it cannot sit there, or needs a weight that the model does not have."""
@@ -108,6 +115,15 @@ class FaultRow:
     def prediction(self, stage: str) -> tuple[Change, ...]:
         """The changes that make the witness leave the same wrong stage; empty if it cannot sit there."""
         return self.changes.get(stage, ())
+
+    def suspected(self, stage: str, layer: int | None, flags: Flags, hparams: HParams) -> Iterator[Variant]:
+        """All changes by which a wrong stage can be recognized as this fault, that which is planted first."""
+        if not self.possible(flags, hparams) or (layer is not None and layer < self.first_layer):
+            return
+        if stage in self.changes:
+            yield self.text, self.changes[stage]
+        for text, changes in self.variants.get(stage, ()):
+            yield f"{self.text}: {text}", changes
 
     def sites(self, flags: Flags, hparams: HParams) -> list[Key]:
         """Where it can be planted in a model, in execution order."""
@@ -183,12 +199,48 @@ def _weights(how: str, part: int | None = None, **more: Any) -> Change:
     return {"of": "weights", "part": part, "as": how, **more}
 
 
+def _weight_rows(**how: Any) -> Change:
+    return {"of": "weights", **how}
+
+
 def _value(transform: str, **more: Any) -> Edit:
     return {"target": "value", "transform": transform, **more}
 
 
 def _output(how: str, **more: Any) -> Change:
     return {"of": "output", "as": how, **more}
+
+
+def _biases(part: int | None = None, **how: Any) -> Change:
+    return {"of": "biases", "part": part, **how}
+
+
+STORED = "in the bytes of the file"
+"""Of what is done to the codes of a quantized weight, not to its values."""
+
+
+def _by_part(stage: str, *changes: Change, text: str = "") -> Mapping[str, tuple[Variant, ...]]:
+    """The changes in one part only of a group of q, k and v."""
+    more = f", {text}" if text else ""
+    return {stage: tuple((f"{name} only{more}", tuple({**c, "part": i} for c in changes)) for i, name in enumerate("qkv"))}
+
+
+def _paired(*kinds: Callable[..., Change]) -> tuple[Variant, ...]:
+    """Rows of q and k in the other order, either way round, in both or in one: of their weights, their biases or both."""
+    out = []
+    for how, text in (("pairs", "interleaved"), ("halves", "taken apart")):
+        for parts, names in (((0, 1), "q and k"), ((0,), "q"), ((1,), "k")):
+            changes = tuple(kind(**{"part": i, "as": how, "size": "head"}) for kind in kinds for i in parts)
+            more = " with their biases" if len(kinds) > 1 else ""
+            out.append((f"rows of {names}{more} {text}", changes))
+    return tuple(out)
+
+
+def _exchanged(weights: bool, biases: bool) -> tuple[Change, ...]:
+    """The keys' in place of the values', and the other way round."""
+    rows = ((1, "attn_v"), (2, "attn_k"))
+    of = [_weights("origin", i, origin=name) for i, name in rows] if weights else []
+    return (*of, *(_biases(i, **{"as": "origin", "origin": f"{name}_bias"}) for i, name in rows if biases))
 
 
 ROTATED, GROUPED = ("q_post_rope", "k_post_rope"), ("attn_scores", "attention")
@@ -212,6 +264,7 @@ ROWS: tuple[FaultRow, ...] = (
         _matrices("transposed"),
         _each(LINEAR, _weights("transposed")),
         shape="CHAOS",
+        variants=_by_part("qkv_matmul", _weights("transposed")),
     ),
     FaultRow(
         "qk-permuted",
@@ -219,6 +272,10 @@ ROWS: tuple[FaultRow, ...] = (
         _matrices("pairs", ("attn_q", "attn_k"), size="head"),
         _each(("qkv_matmul",), _weights("pairs", 0, size="head"), _weights("pairs", 1, size="head")),
         shape="PERM HEADBLK",
+        variants={
+            "qkv_matmul": (*_paired(_weight_rows)[1:], *_paired(_weight_rows, _biases)),
+            "qkv_bias": _paired(_biases),
+        },
     ),
     FaultRow(
         "kv-swap",
@@ -231,6 +288,10 @@ ROWS: tuple[FaultRow, ...] = (
         },
         _each(("qkv_matmul",), _weights("origin", 1, origin="attn_v"), _weights("origin", 2, origin="attn_k")),
         shape="NORM=",
+        variants={
+            "qkv_matmul": (("their biases too", _exchanged(True, True)),),
+            "qkv_bias": (("their biases, not their weights", _exchanged(False, True)),),
+        },
     ),
     FaultRow(
         "embed-head",
@@ -258,6 +319,11 @@ ROWS: tuple[FaultRow, ...] = (
         },
         shape="CHAOS",
         first_layer=1,
+        variants={
+            "qkv_matmul": tuple(
+                (f"{name} only", (_weights("origin", i, origin=name, origin_layer=0),)) for i, name in enumerate(LINEAR["qkv_matmul"])
+            )
+        },
     ),
     FaultRow(
         "block",
@@ -265,13 +331,22 @@ ROWS: tuple[FaultRow, ...] = (
         _matrices("block", factor=2.0),
         _each(LINEAR, _weights("block", factor=2.0)),
         shape="BLOCK",
+        variants=_by_part("qkv_matmul", _weights("block", factor=2.0)),
     ),
     FaultRow(
         "sub-scales",
         "of each super-block of 256, every sub-block takes the scale of the first (paiml/aprender#2141)",
         _matrices("first-scale"),
-        _each(LINEAR, _weights("first-scale")),
+        _each(LINEAR, _weights("first-scale", rounded=True)),
         shape="BLOCK",
+        variants={
+            **{stage: ((STORED, (_weights("first-scale", stored=True),)),) for stage in LINEAR},
+            "qkv_matmul": (
+                (STORED, (_weights("first-scale", stored=True),)),
+                *_by_part("qkv_matmul", _weights("first-scale", rounded=True))["qkv_matmul"],
+                *_by_part("qkv_matmul", _weights("first-scale", stored=True), text=STORED)["qkv_matmul"],
+            ),
+        },
     ),
     FaultRow(
         "cut-columns",
@@ -279,6 +354,7 @@ ROWS: tuple[FaultRow, ...] = (
         _matrices("cut-columns", share=0.5),
         _each(LINEAR, _weights("cut-columns", share=0.5)),
         shape="BLOCK",
+        variants=_by_part("qkv_matmul", _weights("cut-columns", share=0.5)),
     ),
     FaultRow(
         "cut-rows",
@@ -286,6 +362,7 @@ ROWS: tuple[FaultRow, ...] = (
         _matrices("cut-rows", share=0.75),
         _each(LINEAR, _weights("cut-rows", share=0.75)),
         shape="TAIL",
+        variants=_by_part("qkv_matmul", _weights("cut-rows", share=0.75)),
     ),
     FaultRow(
         "embedding-scale",
@@ -293,6 +370,12 @@ ROWS: tuple[FaultRow, ...] = (
         {"embedding": ({"target": "weight", "weight": "token_embd", "transform": "scaled", "factor": 16.0},)},
         _each(("embedding",), _weights("scaled", factor=16.0)),
         shape="SCALE",
+        variants={
+            "embedding": (
+                ("by the root of this model's width", (_output("root-scaled", root="dim"),)),
+                ("by the root of this model's width, rounded first", (_output("root-scaled", root="dim", rounded=True),)),
+            )
+        },
     ),
     # -- norms and biases
     FaultRow(
@@ -308,6 +391,7 @@ ROWS: tuple[FaultRow, ...] = (
         _vectors(NORMS, "plus", value=1.0),
         _each(NORMS, _weights("plus", value=1.0)),
         shape="SCALE",
+        variants=_each(NORMS, ("rounded to the format of the activations", (_weights("plus", value=1.0, rounded=True),))),
     ),
     FaultRow(
         "norm-swap",
@@ -325,6 +409,7 @@ ROWS: tuple[FaultRow, ...] = (
         _vectors(BIASES, "zero"),
         _each(BIASES, {"of": "biases", "factor": 0.0}),
         shape="BIAS",
+        variants=_by_part("qkv_bias", _biases(factor=0.0)),
     ),
     FaultRow(
         "bias-twice",
@@ -332,6 +417,7 @@ ROWS: tuple[FaultRow, ...] = (
         _vectors(BIASES, "scaled", factor=2.0),
         _each(BIASES, {"of": "biases", "factor": 2.0}),
         shape="BIAS",
+        variants=_by_part("qkv_bias", _biases(factor=2.0)),
     ),
     # -- positions
     FaultRow(
@@ -355,6 +441,7 @@ ROWS: tuple[FaultRow, ...] = (
         _each(TABLE, _step("pos_step", value=0), _step("pos_scale", value=0)),
         _each(TABLE, {"of": "positions", "scale": 0, "step": 0}),
         shape="POS0",
+        variants=_each(ROTATED, ("here only, not in the table", ({"of": "positions", "scale": 0, "step": 0},))),
     ),
     FaultRow(
         "pos-from-one",
@@ -490,12 +577,14 @@ ROWS: tuple[FaultRow, ...] = (
         "GELU for SiLU (huggingface/transformers#29402 is its two forms)",
         _each(("ffn_silu",), _step("act", value=1)),
         _each(("ffn_silu",), {"of": "act", "name": "gelu"}),
+        variants=_each(("ffn_silu",), ("by erf, not tanh", ({"of": "act", "name": "gelu-erf"},))),
     ),
     FaultRow(
         "quick-gelu",
         "x sigmoid(1.702 x) for SiLU",
         _each(("ffn_silu",), _step("act", value=2)),
         _each(("ffn_silu",), {"of": "act", "name": "quick-gelu"}),
+        variants=_each(("ffn_silu",), ("each step rounded", ({"of": "act", "name": "quick-gelu", "steps": True},))),
     ),
     FaultRow(
         "gate-up",
@@ -550,6 +639,53 @@ ROWS: tuple[FaultRow, ...] = (
         shape="NAN",
     ),
 )
+
+ANOTHER_PRODUCT: Mapping[str, str] = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+
+SUSPECT_ROWS: tuple[FaultRow, ...] = (
+    FaultRow(
+        "swapped-weights",
+        "it has the weight of the other projection that reads the same input",
+        {},
+        {stage: (_weights("origin", 0, origin=other),) for stage, other in ANOTHER_PRODUCT.items()},
+    ),
+    FaultRow(
+        "no-norm-weight",
+        "a norm without its weight",
+        {},
+        _each(NORMS, _weights("ones")),
+    ),
+    FaultRow(
+        "scale",
+        "another scale of the scores",
+        {},
+        variants=_each(
+            ("attn_scores",),
+            ("one over the root of the model's width", ({"of": "scores", "name": "dim", "power": -0.5},)),
+            ("applied twice", ({"of": "scores", "name": "head", "power": -1.0},)),
+            ("the root of the head size, not one over it", ({"of": "scores", "name": "head", "power": 0.5},)),
+        ),
+    ),
+    FaultRow(
+        "no-branch",
+        "the branch is not added: the stream goes on as it was",
+        {},
+        _each(("post_attn_residual", "post_ffn_residual"), {"of": "inputs", "index": 1, "origin": ("zero", "")}),
+    ),
+    FaultRow(
+        "no-activation",
+        "the activation is missing",
+        {},
+        _each(("ffn_silu",), {"of": "act", "name": "identity"}),
+    ),
+    FaultRow(
+        "no-gate",
+        "the gate is missing",
+        {},
+        _each(("ffn_swigl",), {"of": "inputs", "index": 0, "origin": ("one", "")}),
+    ),
+)
+"""Faults that a diagnosis recognizes, and that nobody needs to plant: their neighbours of the catalogue are planted."""
 
 CONTROL_ROWS: tuple[FaultRow, ...] = (
     FaultRow(

@@ -6,7 +6,8 @@ Refuses to decode weights: values come from the reference decoder; only the offs
 products cancel and leave more than the values show.  Called by ``judge.replay`` for a profile with a ``ggml`` column.
 
 The sums of ggml's kernels are integers inside a block and float32 across blocks, in an order that depends on the CPU and on the number of
-tokens; the variance is the envelope of any order.
+tokens; the variance is the envelope of any order.  As in ``judge.sums`` it is the larger of two: the roundings of products of random sign,
+and those of the running sums that the products of this matrix and these activations have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from aprender import _core
 from aprender.arithmetic import BF16, F16, F32, Format, Ggml, Order
 from aprender.judge import noise, sums, witness
 from aprender.judge.prediction import Operand, Prediction, Setting
-from aprender.judge.rounding import CERTAIN, MEAN_ROUNDING, fma32, settle, to_format, ulp, variance
+from aprender.judge.rounding import CERTAIN, MEAN_ROUNDING, endless, fma32, settle, to_format, ulp, variance
 from aprender.judge.sums import WIDENED, Dot
 from aprender.judge.witness import Float
 
@@ -132,10 +133,31 @@ RULES: Mapping[str, Callable[[Single, Ggml], Rounded]] = {
 }  # fmt: skip
 """Weight format to what its kernel makes of the activations."""
 
+
+def _block_step(size: int) -> Callable[[Float], Float]:
+    """The step of whole numbers up to 127 times a scale per block."""
+
+    def step(x: Float) -> Float:
+        top = np.abs(x.reshape(*x.shape[:-1], -1, size)).max(axis=-1, keepdims=True)
+        return np.asarray(np.broadcast_to(top / 127.0, (*top.shape[:-1], size)).reshape(x.shape))
+
+    return step
+
+
+def _float_step(fmt: Format) -> Callable[[Float], Float]:
+    return lambda x: ulp(x, endless(fmt))
+
+
+STEPS: Mapping[Callable[[Single, Ggml], Rounded], Callable[[Float], Float]] = {
+    q8_0: _block_step(32), q8_1: _block_step(32), q8_k: _block_step(256),
+    RULES["F32"]: _float_step(F32), RULES["F16"]: _float_step(F16), RULES["BF16"]: _float_step(BF16),
+}  # fmt: skip
+"""Rule to the steps that it rounds to, [T, K], if neither a scale nor an exponent could end: what a loss is held against."""
+
 BY_FORMAT = frozenset({"MATMUL"})
 """Operations that need to know the number format of their weights."""
 
-FLOATS = frozenset({"F32", "F16", "BF16"})
+FLOATS: Mapping[str, Format] = {"F32": F32, "F16": F16, "BF16": BF16}
 
 
 # ---- offsets of the weights --------------------------------------------------------------------------------------------------------------
@@ -165,8 +187,10 @@ OFFSETS: Mapping[str, Callable[[Bytes], Float]] = {
 }
 """Format to the offsets of one block's equal parts: bytes [..., size of a block] to [..., parts].
 
-Q4_1 and Q5_1 add theirs, the others subtract it; a sign matters only to q8_1.
+:data:`ADDED` add theirs, the others subtract it.
 """
+
+ADDED = frozenset({"Q4_1", "Q5_1"})
 
 
 def offsets(fmt: str, raw: Bytes) -> Float | None:
@@ -177,6 +201,20 @@ def offsets(fmt: str, raw: Bytes) -> Float | None:
     return made.reshape(len(raw), -1)
 
 
+def first_scales(fmt: str, raw: Bytes) -> Bytes | None:
+    """Rows of super-blocks in which every sub-block has the scale (and the minimum) of the first; None for a format that has none."""
+    blocks = np.array(raw).reshape(len(raw), -1, BLOCKS[fmt][1])
+    if fmt == "Q6_K":
+        blocks[..., 192:208] = blocks[..., 192:193]
+    elif fmt in ("Q4_K", "Q5_K"):
+        scale, least = (blocks[..., at, None] & 63 for at in (4, 8))  # 6 bits each; those of sub-blocks 4 to 7 are in two pieces
+        blocks[..., 4:8], blocks[..., 8:12] = scale | scale >> 4 << 6, least | least >> 4 << 6
+        blocks[..., 12:16] = scale & 15 | (least & 15) << 4
+    else:
+        return None
+    return blocks.reshape(raw.shape)
+
+
 # ---- products --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -184,13 +222,26 @@ def _matmul(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Rows times weights, the activations rounded as the format of each part wants."""
     (x,) = inputs
     how = at.profile.ggml or Ggml()
+    unrounded, cost = _plainly(at, x)
     if len({fmt for fmt, _ in at.stored}) == 1 and at.stored[0][0] in FLOATS:
-        return noise.PREDICT["MATMUL"](at, [_activations(x, at.stored[0][0], how)[1]])
+        fmt = at.stored[0][0]
+        made = noise.matmul(at, [_activations(x, fmt, how)[1]], FLOATS[fmt])
+        return dataclasses.replace(made, unrounded=unrounded, cost=cost)
     parts = [_part(x, np.asarray(w), fmt, raw, how) for w, (fmt, raw) in zip(at.weights, at.stored, strict=True)]
     y, left = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
     if at.bias is not None:
         y, left = y + at.bias, left + variance(y, F32)
-    return Prediction(y, left, y, left, at.profile.activations)
+    return Prediction(y, left, y, left, at.profile.activations, unrounded=unrounded, cost=cost)
+
+
+def _plainly(at: Setting, x: Operand) -> tuple[Float | None, Float | None]:
+    """Products with the activations as they are, and the variance of rounding these; nothing where all formats leave them alone."""
+    if all(fmt == F32.name.upper() for fmt, _ in at.stored):
+        return None, None
+    dots = [(Dot(x.value[None], np.asarray(w)[None], Order()), fmt) for w, (fmt, _) in zip(at.weights, at.stored, strict=True)]
+    y = np.concatenate([dot.value()[0] for dot, _ in dots], axis=1)
+    cost = np.concatenate([dot.spread(np.square(STEPS[RULES[fmt]](x.value))[None] / 12)[0] for dot, fmt in dots], axis=1)
+    return y if at.bias is None else y + at.bias, cost
 
 
 def _activations(x: Operand, fmt: str, how: Ggml) -> tuple[Rounded, Operand]:
@@ -211,36 +262,61 @@ def _part(x: Operand, w: NDArray[np.float32], fmt: str, raw: Bytes, how: Ggml) -
 def _rows(made: Rounded, x: Operand, w: NDArray[np.float32], fmt: str, raw: Bytes) -> tuple[Float, Float]:
     """The same for some rows.
 
-    A weight is a scaled code less an offset, and the two are multiplied and added apart: each of K products may be rounded as any order
-    would, with the square of both in place of the square of the weight.
+    A weight is a scaled code less an offset, and the two are multiplied and added apart: two sums, and each may be rounded as any order
+    would.  Codes and activations of one sign do not cancel: their partial sums are as large as their total, which the envelope of
+    ``judge.sums`` sees and a sum of squares does not.
     """
-    if fmt in FLOATS:
-        dot = Dot(x.value[None], w[None], Order())
-        value, left = dot.value()[0], sums.estimate(dot)[0]
-    else:
-        wide, shift = w.astype(np.float64), offsets(fmt, raw)
-        value, squares = x.value @ wide.T, wide**2
-        if shift is not None:
-            m = np.repeat(shift, w.shape[1] // shift.shape[1], axis=1)
-            squares = np.square(np.abs(wide) + np.abs(m)) + m**2
-            if made.total is not None:
-                value = value + (made.total - x.value.reshape(len(x.value), -1, 32).sum(axis=-1)) @ shift.T
-        left = MEAN_ROUNDING * (w.shape[1] / 2) * (x.value**2 @ squares.T)
+    wide, shift = w.astype(np.float64), None if fmt in FLOATS else offsets(fmt, raw)
+    value, parts = x.value @ wide.T, [wide]
+    if shift is not None:
+        m = np.repeat(shift, w.shape[1] // shift.shape[1], axis=1)
+        parts = [wide - m if fmt in ADDED else wide + m, m]
+        over = beside(made)
+        value = value if over is None else value + over @ shift.T
+    dots = [Dot(x.value[None], part[None], Order(), flush=FLOATS.get(fmt) == BF16) for part in parts]
+    left = sum((sums.estimate(dot)[0] for dot in dots), np.zeros_like(value))
     if x.variance is not None:
         left = left + x.variance @ (w.astype(np.float64) ** 2).T
     return value, left
 
 
+def beside(made: Rounded) -> Float | None:
+    """What a block's sum, rounded by itself, has over the sum of its rounded activations, [..., blocks]; None where no kernel keeps it.
+
+    It meets the offsets of the weights.  Where the scale of a block vanishes as a half and its sum does not, there is nothing else.
+    """
+    return None if made.total is None else made.total - made.value.reshape(*made.total.shape, 32).sum(axis=-1)
+
+
+def met(at: Setting) -> Float | None:
+    """The offsets that such sums meet, of all parts of a product: [N, blocks]; None if no part has any."""
+    found = [offsets(fmt, raw) if RULES[fmt] is q8_1 else None for fmt, raw in at.stored]
+    blocks = next((m.shape[1] for m in found if m is not None), None)
+    if blocks is None:
+        return None
+    return np.concatenate([np.zeros((len(np.asarray(w)), blocks)) if m is None else m for w, m in zip(at.weights, found, strict=True)])
+
+
 def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Dot products of q and k, rounded, times 1 / sqrt(h) with both steps in float32."""
     q, k = inputs
-    return noise.scores(at, [_beside_cache(at, q), k], float(np.float32(1) / np.sqrt(np.float32(at.hparams["head"]))))
+    made = noise.scores(at, [_beside_cache(at, q), k], float(np.float32(1) / np.sqrt(np.float32(at.hparams["head"]))))
+    if at.profile.cache == F32:
+        return made
+    head = int(at.hparams["head"])
+    squares = {"heads": at.hparams["heads"], "kv_heads": at.hparams["kv_heads"], "head": head}
+    cost = witness.scores(np.square(_float_step(at.profile.cache)(q.value)) / 12, np.square(k.value), at.allowed, squares) / np.sqrt(head)
+    return dataclasses.replace(made, unrounded=witness.scores(q.value, k.value, at.allowed, at.hparams), cost=cost)
 
 
 def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Probabilities times values."""
     p, v = inputs
-    return noise.PREDICT["MIX"](at, [_beside_cache(at, p), v])
+    made = noise.PREDICT["MIX"](at, [_beside_cache(at, p), v])
+    if at.profile.cache == F32:
+        return made
+    cost = witness.mix(np.square(_float_step(at.profile.cache)(p.value)) / 12, np.square(v.value), at.hparams)
+    return dataclasses.replace(made, unrounded=witness.mix(p.value, v.value, at.hparams), cost=cost)
 
 
 def _beside_cache(at: Setting, x: Operand) -> Operand:

@@ -4,13 +4,17 @@ Owns the comparison of hyper-parameters and of weights as values, and the two fi
 caller reads it with the plain reference decoder) and to accuse an operation: a side whose every operation is right can still compute with
 the wrong numbers, and then a replay on its own numbers agrees with it.  Called by ``bisection``.
 
+What a running engine holds it says itself, in the manifest of its captures (``manifest.HELD``): parameters by name and by where each value
+was met, a module, a node of its graph, a function of its API.  :data:`DUE` says what the file makes of each.
+
 A weight that a side computes with must be the file's value rounded to the side's number format, every bit of it: a cast has one right
 answer.  So there is no tolerance here, and no digest either: the values are read once in any case, and they say where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,8 @@ import numpy as np
 
 from aprender import stages
 from aprender.arithmetic import F32, Format
+from aprender.errors import ArgumentError
+from aprender.judge import witness
 from aprender.judge.rounding import to_format
 from aprender.judge.witness import HParams, ModelData
 from aprender.stages import Key
@@ -62,6 +68,88 @@ def hyper_parameters(here: HParams, there: HParams, skip: Iterable[str] = ()) ->
 
 def _said(value: float) -> str:
     return f"{value:.7g}"
+
+
+# ---- what a running engine holds -------------------------------------------------------------------------------------------------------
+
+NONE: Mapping[str, float] = {"rope_scale": 1, "rope_extrapolation": 0, "rope_attention_scale": 1, "alibi": 0, "window": 0}
+"""Parameters of what no model here has, and their value where nothing is done: RoPE scaling, slopes per head, a sliding window."""
+
+DUE: Mapping[str, Callable[[HParams], float]] = {
+    "attention_scale": lambda hp: 1.0 / math.sqrt(hp["head"]),
+    "groups": lambda hp: hp["heads"] / hp["kv_heads"],
+    **{name: lambda hp, value=value: value for name, value in NONE.items()},  # type: ignore[misc]
+}
+"""Parameter to its value by the hyper-parameters of the file; every other one is a hyper-parameter itself."""
+
+FREQUENCIES = "frequencies"
+"""The rotary frequencies [h/2] as a list: theta as the numbers show it."""
+
+STEPS = 2
+"""Float32 steps that a frequency or a scale may be from its definition: what power, division and root round.
+
+The exponent of a frequency, 2i/h below 1, is rounded to float32 before, by 2^-25 at most: ln(theta) times as much of the frequency.
+"""
+
+
+def parameters(held: Mapping[str, Mapping[str, Any]], file: HParams) -> list[Difference]:
+    """What an engine holds that is not what its file says, in the order in which it says it.
+
+    Parameters
+    ----------
+    held : mapping
+        Name to where each value was met to the value.
+    file : mapping
+        Hyper-parameters of the file.
+
+    Raises
+    ------
+    ArgumentError
+        A manifest says something else there.
+    """
+    out = []
+    for name, place, value in _flat(held):
+        if name == FREQUENCIES:
+            found = _frequencies(place, value, file)
+            out += [] if found is None else [found]
+        elif name in DUE or name in file:
+            due = DUE[name](file) if name in DUE else file[name]
+            if not _near(value, due, STEPS if name in DUE else 0):
+                out.append(Difference(f"{name} of {place}", _said(value), _said(due)))
+    return out
+
+
+def _flat(held: Any) -> Iterator[tuple[str, str, Any]]:
+    """Name, place and value; refuses what a manifest may say instead."""
+    names: Mapping[str, Any] = held if isinstance(held, Mapping) else {"": None}
+    for name, said in names.items():
+        places: Mapping[str, Any] = said if isinstance(said, Mapping) else {"": None}
+        for place, value in places.items():
+            numbers = value if name == FREQUENCIES and isinstance(value, Sequence) else [value]
+            if not all(isinstance(number, int | float) for number in numbers):
+                text = f"what an engine holds is name: {{where: number}}, not {name!r}: {{{place!r}: {value!r}}}"
+                raise ArgumentError(text, code="ARGUMENT", field="held")
+            yield name, place, value
+
+
+def _near(value: float, due: float, steps: int, slack: float = 0.0) -> bool:
+    """Whether two numbers are at most some steps of float32, and a share of their size, apart."""
+    a, b = np.float32(value), np.float32(due)
+    return bool(abs(np.float64(a) - np.float64(b)) <= steps * np.spacing(np.abs(b)) + slack * abs(due))
+
+
+def _frequencies(place: str, values: Sequence[float], file: HParams) -> Difference | None:
+    """The first rotary frequency that is not theta's; a shorter number format, another base and a scaling all show here."""
+    due = witness.frequencies(float(file["theta"]), int(file["head"]))
+    if len(values) != len(due):
+        return Difference(f"the number of frequencies of {place}", str(len(values)), str(len(due)))
+    slack = math.log(float(file["theta"])) * 2.0**-25
+    off = [i for i, value in enumerate(values) if not _near(value, due[i], STEPS, slack)]
+    if not off:
+        return None
+    worst = max(abs(values[i] / due[i] - 1) for i in off)
+    more = f"{len(off)} of {len(due)} frequencies differ, by up to {worst:.1e} of each"
+    return Difference(f"the RoPE frequency {off[0]} of {place}", _said(values[off[0]]), _said(float(due[off[0]])), more)
 
 
 def weights(held: Mapping[Key, Any], file: Mapping[Key, Any], cast: Format) -> list[Difference]:
@@ -118,7 +206,9 @@ def _pieces(held: Any, file: Any, cast: Format) -> Iterator[tuple[int, Any, Any]
         yield start, mine, right if cast == F32 else to_format(right.astype(np.float64), cast)
 
 
-def against_file(held: ModelData | None, said: HParams, file: ModelData, cast: Format) -> list[Difference]:
+def against_file(
+    held: ModelData | None, said: HParams, file: ModelData, cast: Format, running: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Difference]:
     """What a side computes with that is not what its file says.
 
     Parameters
@@ -131,8 +221,10 @@ def against_file(held: ModelData | None, said: HParams, file: ModelData, cast: F
         The file by the reference decoder.
     cast : Format
         What the side rounds weights to.
+    running : mapping, optional
+        Parameters as the running engine says that it holds them (:func:`parameters`).
     """
-    found = hyper_parameters(said, file.hparams)
+    found = hyper_parameters(said, file.hparams) + parameters(running or {}, file.hparams)
     if held is None:
         return found
     known = {item.what for item in found}
@@ -159,11 +251,11 @@ def between_files(subject: ModelData, reference: ModelData) -> list[Difference]:
 
 
 def loaded_sentence(side: str, spelling: str, found: list[Difference], judged: str) -> str:
-    """The first difference with both values, how many more, and what the stages say, which were judged on what the side holds."""
+    """The first difference with both values, how many more, and what the stages say."""
     first = found[0]
     return (
         f"The {side} ({spelling}) does not hold what its file says: {first.what} is {first.here} as loaded and {first.there} in the file"
-        f"{_rest(found)}. Judged on what it holds: {judged}"
+        f"{_rest(found)}. Its stages: {judged}"
     )
 
 

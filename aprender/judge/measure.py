@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aprender.judge import sums
 from aprender.judge.prediction import Prediction
-from aprender.judge.rounding import CERTAIN, Float, interval, to_format, ulp
+from aprender.judge.rounding import CERTAIN, Float, U, interval, to_format, ulp
 from aprender.judge.rule import SUSPICION, Gates
 from aprender.judge.witness import Mask
 
@@ -23,6 +23,9 @@ IMPOSSIBLE = 1e9
 
 FINEST = 2.0**-53
 """Smallest relative error that is spoken of: what float64 holds."""
+
+ALIKE = 16
+"""Float32 steps that rows of equal tokens may drift apart and still be added alike (a fresh rounding of each stage of a layer)."""
 
 SAMPLE = 4096
 """Elements that are recomputed exactly when a group is suspicious: enough to tell 1.15 from 1 at 10 sigma."""
@@ -37,6 +40,25 @@ class Group:
     axis: str
     index: int
     rms: float
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How near a stage comes to its gates: each family's worst statistic as a share of its gate; above 1 is an alarm.
+
+    Attributes
+    ----------
+    element : float
+        Largest |I| over the gate of elements.
+    group : float
+        Largest mean square z over the gate of its group's size, from all partial sums where the cheap form passed the gate.
+    row : float
+        The factor that a row shares, over its gate: the largest one, or the mean square of all.
+    """
+
+    element: float = 0.0
+    group: float = 0.0
+    row: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,8 @@ class Measure:
         Elements that the declared arithmetic itself makes infinite; captured elements that are not finite.
     power : float
         Smallest relative error of the whole stage that these gates see.
+    margin : Margin
+        How near the noise tests came to an alarm; bits have no margin.
     """
 
     n: int
@@ -76,6 +100,7 @@ class Measure:
     overflowed: int
     nonfinite: int
     power: float | None
+    margin: Margin = Margin()
 
 
 def group_count(shape: tuple[int, ...]) -> int:
@@ -114,9 +139,9 @@ def measure(captured: Float, made: Prediction, gates: Gates, band: float) -> Mea
         count = int(np.count_nonzero(changed))
         reasons.append(f"{count} of {n} elements are not the bits that the declared recipe gives, first at {list(map(int, at))}")
         deviation = np.inf
-    worst = None
+    worst, margin = None, Margin()
     if noisy.any():
-        said, worst, far = _gated(scores, noisy, gates, band)
+        said, worst, far, margin = _gated(scores, noisy, gates, band)
         reasons += said
         deviation = max(deviation, far)
     i = np.where(exact, np.where(changed, IMPOSSIBLE, 0.0), np.minimum(np.abs(scores.i), IMPOSSIBLE))
@@ -135,6 +160,7 @@ def measure(captured: Float, made: Prediction, gates: Gates, band: float) -> Mea
         overflowed=overflowed,
         nonfinite=nonfinite,
         power=power(made, usable, gates, band),
+        margin=margin,
     )
 
 
@@ -211,8 +237,8 @@ def _whiten(z: Float, plain: Float, made: Prediction) -> tuple[Float, Float]:
     return np.where(np.isfinite(z), white, z), factor[:, 0]
 
 
-def _gated(scores: _Scores, noisy: Mask, gates: Gates, band: float) -> tuple[list[str], Group | None, float]:
-    """The noise tests: reasons, the worst group, and the strongest deviation as that of an element."""
+def _gated(scores: _Scores, noisy: Mask, gates: Gates, band: float) -> tuple[list[str], Group | None, float, Margin]:
+    """The noise tests: reasons, the worst group, the strongest deviation as that of an element, and the margins."""
     reasons: list[str] = []
     i = np.where(noisy, np.abs(scores.i), 0.0)
     far = float(i.max())
@@ -228,51 +254,102 @@ def _gated(scores: _Scores, noisy: Mask, gates: Gates, band: float) -> tuple[lis
             reasons.append(
                 f"{more}{count} elements outside their rounding interval, by up to {_say(far)} sigma at {at} (gate {gates.element:.1f})"
             )
-    worst, said = _groups(scores, noisy & scores.rounded, gates, band)
+    element, row = far / gates.element, 0.0
+    worst, said, group = _groups(scores, noisy & scores.rounded, gates, band)
     reasons += said
     if scores.factor is not None:
         top = float(np.abs(scores.factor).max())
         shared = float(np.sqrt(np.mean(np.square(scores.factor))))
         limit = float(gates.group(np.array(len(scores.factor)), band))
+        row = max(top / (band * gates.element), shared**2 / limit)
         if top > band * gates.element or shared**2 > limit:
             reasons.append(f"rows are scaled as no rounding of the norm does: factor {_say(top)} sigma at most, rms {_say(shared)}")
             far = max(far, top)
-    return reasons, worst, far if not said else max(far, gates.element)
+    return reasons, worst, far if not said else max(far, gates.element), Margin(element, group, row)
 
 
 def _say(x: float) -> str:
     return f"{x:.3g}" if x < IMPOSSIBLE else "any number of"
 
 
-def _groups(scores: _Scores, mask: Mask, gates: Gates, band: float) -> tuple[Group | None, list[str]]:
-    """Root mean square z of the stage and of each row, column and head; the worst one is recomputed exactly before it is called wrong."""
-    made, squares = scores.made, np.where(mask, np.square(np.minimum(np.abs(scores.z), IMPOSSIBLE)), 0.0)
-    worst: tuple[float, Group, Index] | None = None
-    suspects: list[tuple[float, Group, Index]] = []
-    for axis, sizes, totals, member in _partitions(squares, mask, made):
-        mean = totals / np.maximum(sizes, 1)
-        effective = _effective(axis, sizes, mask, made)
-        share = np.where(sizes > 0, mean, 0.0) / gates.group(np.maximum(effective, 1.0), band)
-        k = int(np.argmax(share))
-        found = (float(share[k]), Group(axis, k, float(np.sqrt(mean[k]))), np.flatnonzero(member(k) & mask))
-        worst = found if worst is None or found[0] > worst[0] else worst
-        if found[0] > 1.0:
-            suspects.append(found)
+def _free(made: Prediction) -> Mask:
+    """Where the replay does not know the last rounding at all: its noise is as large as the step, as ``settle`` has it.
+
+    Elsewhere the rounding is emulated.  It is no noise but a known number, and of elements that are nearly equal (a channel that its bias
+    rules) it is one number many times over: whether the captured value is the emulated one is for I to say, not for a group.
+    """
+    return np.asarray(np.sqrt(made.sigma2) > ulp(made.pre, made.format) / 4)
+
+
+def alike(rows: Float) -> Index:
+    """Rows [T, N] that are nearly equal, because their tokens are, have one number between 0 and the count of different ones: [T].
+
+    Their sums are rounded alike.  Rows are sorted along one direction, in which different rows do not meet but by chance; neighbours are
+    alike if they are no further apart than :data:`ALIKE` steps of float32, in which sums are added.
+    """
+    finite = np.where(np.isfinite(rows), rows, 0.0)
+    along = finite @ np.cos(np.arange(1.0, rows.shape[1] + 1.0))
+    order = np.argsort(along)
+    size = np.sqrt(np.square(finite).sum(axis=1))[order]
+    first = np.concatenate([[True], np.diff(along[order]) > ALIKE * U * size[1:]])
+    which = np.empty(len(rows), np.int64)
+    which[order] = np.cumsum(first) - 1
+    return which
+
+
+def _once(made: Prediction) -> Float:
+    """Weight of each element in a group that crosses rows, [T, 1]: rows that are alike count as one."""
+    if made.plain.ndim != 2 or len(made.plain) < 2:
+        return np.ones((1,) * made.plain.ndim)
+    which = alike(made.plain)
+    return (1.0 / np.bincount(which))[which][:, None]
+
+
+def _groups(scores: _Scores, mask: Mask, gates: Gates, band: float) -> tuple[Group | None, list[str], float]:
+    """Root mean square z of the stage and of each row, column and head; the worst one is recomputed exactly before it is called wrong.
+
+    The worst one is named, but only elements with a free last rounding make it wrong.  The last value returned is the largest mean square
+    as a share of its gate.
+    """
+    made, free = scores.made, mask & _free(scores.made)
+    squares = np.where(mask, np.square(np.minimum(np.abs(scores.z), IMPOSSIBLE)), 0.0)
+    once = np.broadcast_to(_once(made), mask.shape)
+    named = _ranked(squares, mask, once, made, gates, band)
+    tested = named if np.array_equal(free, mask) else _ranked(np.where(free, squares, 0.0), free, once, made, gates, band)
+    suspects = [found for found in tested if found[0] > 1.0]
+    nearest = max((share for share, *_ in tested if share <= 1.0), default=0.0)
     said = []
     for _, group, flat in sorted(suspects, key=lambda s: -s[0]):
         pick = flat if len(flat) <= SAMPLE else np.sort(np.random.default_rng(0).choice(flat, SAMPLE, replace=False))
         z = np.minimum(np.abs(scores.again(pick)[1]), IMPOSSIBLE)
-        n = len(pick) * min(1.0, float(np.atleast_1d(_effective(group.axis, np.array([len(flat)]), mask, made))[0]) / len(flat))
-        rms = float(np.sqrt(np.mean(z * z)))
+        weight = np.ones(len(flat)) if group.axis == "token" else once.ravel()[flat]
+        counted = weight[np.searchsorted(flat, pick)]
+        n = counted.sum() * min(1.0, float(np.atleast_1d(_effective(group.axis, np.array([weight.sum()]), mask, made))[0]) / weight.sum())
+        rms = float(np.sqrt(np.average(z * z, weights=counted)))
         gate = float(np.sqrt(gates.group(np.array(max(n, 1.0)), band)))
+        nearest = max(nearest, (rms / gate) ** 2)
         if rms > gate:
             name = "the stage" if group.axis == "all" else f"{group.axis} {group.index}"
             said.append(f"rms z of {name} is {_say(rms)} (gate {gate:.2f}, {len(pick)} elements)")
             break
-    return (worst[1] if worst else None), said
+    return max(named, key=lambda found: found[0])[1] if mask.any() else None, said, nearest
 
 
-Partition = tuple[str, NDArray[np.int64], Float, "_Member"]
+Ranked = tuple[float, Group, Index]
+
+
+def _ranked(squares: Float, mask: Mask, once: Float, made: Prediction, gates: Gates, band: float) -> list[Ranked]:
+    """The worst group of each partition: its mean square as a share of its gate, its name, its elements."""
+    out = []
+    for axis, sizes, totals, member in _partitions(squares, mask, once):
+        mean = totals / np.where(sizes > 0, sizes, 1.0)
+        share = mean / gates.group(np.maximum(_effective(axis, sizes, mask, made), 1.0), band)
+        k = int(np.argmax(share))
+        out.append((float(share[k]), Group(axis, k, float(np.sqrt(mean[k]))), np.flatnonzero(member(k) & mask)))
+    return out
+
+
+Partition = tuple[str, Float, Float, "_Member"]
 
 
 class _Member:
@@ -287,19 +364,23 @@ class _Member:
         return out
 
 
-def _partitions(squares: Float, mask: Mask, made: Prediction) -> Iterator[Partition]:
-    """The stage as a whole, then by token, channel or key, and head: name, sizes, sums of squares, membership."""
-    yield "all", np.array([np.count_nonzero(mask)]), np.array([squares.sum()]), _Member(mask.shape, None)
+def _partitions(squares: Float, mask: Mask, once: Float) -> Iterator[Partition]:
+    """The stage as a whole, then by token, channel or key, and head: name, sizes, sums of squares, membership; each row counts ``once``."""
+    counted = mask * once
+    yield "all", np.array([counted.sum()]), np.array([(squares * once).sum()]), _Member(mask.shape, None)
     names = ("head", "token", "key") if squares.ndim == 3 else ("token", "channel")
     for axis, name in enumerate(names):
         others = tuple(a for a in range(squares.ndim) if a != axis)
-        yield name, np.count_nonzero(mask, axis=others), squares.sum(axis=others), _Member(mask.shape, axis)
+        if name == "token":  # one row: nothing in it is there twice
+            yield name, np.count_nonzero(mask, axis=others).astype(np.float64), squares.sum(axis=others), _Member(mask.shape, axis)
+        else:
+            yield name, counted.sum(axis=others), (squares * once).sum(axis=others), _Member(mask.shape, axis)
 
 
-def _effective(axis: str, sizes: NDArray[np.int64], mask: Mask, made: Prediction) -> Float:
+def _effective(axis: str, sizes: Float, mask: Mask, made: Prediction) -> Float:
     """Independent elements in each group; noise in an input is shared by a whole row, which then counts once."""
     if not made.shared:
-        return sizes.astype(np.float64)
+        return sizes
     rows = float(np.prod(mask.shape[:-1]))
     per_row = mask.shape[-1]
     return np.full(sizes.shape, rows) if axis == "all" else np.maximum(sizes / per_row if axis in ("token", "head") else sizes, 1.0)
@@ -329,12 +410,12 @@ def power(made: Prediction, usable: Mask, gates: Gates, band: float) -> float | 
     needed = (needed + np.ceil(np.maximum(short, 0.0) / step) * step) / y
     enough = min(3, len(needed)) - 1
     best = float(np.partition(needed, enough)[enough])
-    variance = made.variance[counted]
-    weight = float(np.mean(np.where(certain | (variance == 0), 0.0, y * y / np.where(variance > 0, variance, 1.0))))
-    if weight == 0:
+    variance, free = made.variance[counted], _free(made)[counted] & ~certain
+    if not free.any():
         return best
+    weight = float(np.mean(np.square(y[free]) / variance[free]))
     if made.row is not None:
         seen = made.width * weight / (1.0 + float(np.mean(made.row**2)) * made.width * weight)
         return min(best, float(np.sqrt((gates.group(np.array(made.row.size), band) - 1.0) / seen)))
-    n = float(np.prod(made.pre.shape[:-1])) if made.shared else float(len(y))
+    n = float(np.prod(made.pre.shape[:-1])) if made.shared else float(np.count_nonzero(free))
     return min(best, float(np.sqrt((gates.group(np.array(n), band) - 1.0) / weight)))

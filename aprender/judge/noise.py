@@ -13,11 +13,12 @@ both products of RoPE, the scores before their scale).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from aprender.arithmetic import F32
+from aprender.arithmetic import BF16, F32, Format
 from aprender.judge import sums, witness
 from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.rounding import MEAN_ROUNDING as ROUNDING
@@ -33,9 +34,6 @@ TINY = 2.0**-118
 
 WIDE = 4 * 2.0**-53
 """Relative standard deviation of what is left of a float64 exponential and a division: which of two float32 neighbours, once in 10^7."""
-
-EMULATED = 1 << 21
-"""Products up to which a dot product of fully declared order is also replayed bit for bit (20 ms)."""
 
 
 def _known(*operands: Operand) -> bool:
@@ -216,11 +214,19 @@ def _wide_norm(rows: Float, w: Float, eps: float, lanes: int) -> Float:
 
 
 def _matmul(at: Setting, inputs: Sequence[Operand]) -> Prediction:
-    """Rows times weights: float32 accumulation, then the bias, then one rounding (fused), or a rounding before the bias (``exact``)."""
+    """Rows times weights, in the number format of the activations."""
+    return matmul(at, inputs, at.profile.activations)
+
+
+def matmul(at: Setting, inputs: Sequence[Operand], factors: Format) -> Prediction:
+    """Rows times weights: float32 accumulation, then the bias, then one rounding (fused), or a rounding before the bias (``exact``).
+
+    ``factors`` is the number format of what is multiplied.
+    """
     (x,) = inputs
     fmt, profile = at.profile.activations, at.profile
     w = np.asarray(at.weights[0]) if len(at.weights) == 1 else np.concatenate([np.asarray(part) for part in at.weights])
-    dot = Dot(x.value[None], w[None], profile.order)
+    dot = Dot(x.value[None], w[None], profile.order, flush=factors == BF16)
     y, added = dot.value()[0], sums.estimate(dot)[0]
     left = added.copy()
     if x.variance is not None:
@@ -235,11 +241,11 @@ def _matmul(at: Setting, inputs: Sequence[Operand]) -> Prediction:
 
 
 def _replayed(dot: Dot, *operands: Operand) -> bool:
-    """Whether a dot product is also emulated bit for bit: its order is declared, it is small, and its inputs are known float32 numbers.
+    """Whether a dot product is also emulated bit for bit: its order is declared, and its inputs are known float32 numbers.
 
     (Closure asks for the noise of a float64 pass, of which no engine has the bits.)
     """
-    return dot.order.lanes > 0 and dot.size <= EMULATED and _known(*operands) and sums.is_float32(dot)
+    return dot.order.lanes > 0 and _known(*operands) and sums.is_float32(dot)
 
 
 def _scores(at: Setting, inputs: Sequence[Operand]) -> Prediction:
@@ -253,7 +259,7 @@ def scores(at: Setting, inputs: Sequence[Operand], scale: float) -> Prediction:
     q, k = inputs
     fmt, head = at.profile.activations, int(at.hparams["head"])
     share = int(at.hparams["heads"]) // int(at.hparams["kv_heads"])
-    dot = Dot(witness.heads_first(q.value, head), witness.heads_first(k.value, head, share), at.profile.order)
+    dot = Dot(witness.heads_first(q.value, head), witness.heads_first(k.value, head, share), at.profile.order, flush=fmt == BF16)
     qk, added = dot.value(), sums.estimate(dot)
     left = added.copy()
     if not _known(q, k):
@@ -285,10 +291,12 @@ def scores(at: Setting, inputs: Sequence[Operand], scale: float) -> Prediction:
 def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     """Probabilities times values: one float32 sum over the keys, one rounding."""
     p, v = inputs
+    if not np.isfinite(v.value).all():
+        return _mix_broken(at, p, v)
     fmt, head, heads = at.profile.activations, int(at.hparams["head"]), int(at.hparams["heads"])
     share = heads // int(at.hparams["kv_heads"])
     values = witness.heads_first(v.value, head, share).transpose(0, 2, 1)
-    dot = Dot(p.value, values, at.profile.order)
+    dot = Dot(p.value, values, at.profile.order, flush=fmt == BF16)
 
     def side_by_side(a: Float) -> Float:
         return a.transpose(1, 0, 2).reshape(a.shape[1], -1)
@@ -303,6 +311,33 @@ def _mix(at: Setting, inputs: Sequence[Operand]) -> Prediction:
     total = left if fmt == F32 else left + np.where(grid > 0, variance(y, fmt, grid), variance(y, fmt))
     bits = side_by_side(sums.emulate(dot).reshape(heads, p.value.shape[1], head)) if _replayed(dot, p, v) else None
     return Prediction(y, left, y, total, fmt, certain=bits is not None, expected=bits, dot=dot, added=added, heads=heads)
+
+
+def _mix_broken(at: Setting, p: Operand, v: Operand) -> Prediction:
+    """The same where some values are not finite: they reach the queries that may see their keys, and no others.
+
+    Of a key that the mask forbids an engine reads nothing, or it adds 0 times its value, which is NaN: both are right.
+    """
+    lost, share = ~np.isfinite(v.value), int(at.hparams["heads"]) // int(at.hparams["kv_heads"])
+    made = _mix(at, [p, Operand(np.where(lost, 0.0, v.value), v.variance)])
+    values = witness.heads_first(v.value, int(at.hparams["head"]), share)
+    broken = np.flatnonzero(lost.any(axis=1))
+    added = np.zeros((*p.value.shape[:2], values.shape[2]))
+    forbidden = np.zeros(added.shape, bool)
+    for j in broken:
+        seen, bad = at.allowed[None, :, j, None], ~np.isfinite(values[:, None, j])
+        with np.errstate(invalid="ignore"):
+            added += np.where(seen & bad, p.value[:, :, j, None] * values[:, None, j], 0.0)
+        forbidden |= ~seen & bad
+
+    def beside(a: Float) -> Float:
+        return a.transpose(1, 0, 2).reshape(a.shape[1], -1)
+
+    more, untold = beside(added), np.asarray(beside(forbidden.astype(np.float64)), bool)
+    if at.captured is not None:
+        untold &= np.isnan(at.captured)
+    bits = None if made.expected is None else made.expected + more
+    return dataclasses.replace(made, pre=made.pre + more, plain=made.plain + more, expected=bits, compared=~untold)
 
 
 def _single_grid(p: Float, values: Float) -> Float:
@@ -339,7 +374,8 @@ def softmax(at: Setting, s: Operand, power: Float) -> Prediction:
     fmt, allowed = at.profile.activations, np.broadcast_to(at.allowed, s.value.shape)
     p = witness.softmax(s.value, allowed)
     top = np.where(allowed, s.value, -np.inf).max(axis=-1, keepdims=True)
-    broken = ~np.isfinite(top) & allowed.any(axis=-1, keepdims=True)  # an overflow before: no element of such a row is a number
+    shown = np.where(allowed | (s.value == -np.inf), 0.0, s.value)  # a mask that is added hides no NaN and no infinity of a later key
+    broken = (~np.isfinite(top) | ~np.isfinite(shown).all(axis=-1, keepdims=True)) & allowed.any(axis=-1, keepdims=True)
     d = power + _spread(s)
     total = (p * p * d).sum(axis=-1, keepdims=True)
     own, least = (WIDE**2, 0.0) if at.profile.wide else (3 * ROUNDING, TINY**2)

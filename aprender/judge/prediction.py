@@ -42,7 +42,8 @@ class Setting:
     stored : sequence of (str, array)
         Number format and bytes of each weight in its file, where the arithmetic depends on them.
     captured : array or None
-        What the side captured of this stage; only the RoPE table looks at it, to tell which neighbour each frequency is.
+        What the side captured of this stage; the RoPE table looks at it, to tell which neighbour each frequency is, and the mixing of
+        values, to tell whether NaN of a forbidden key goes in.
     """
 
     profile: Profile
@@ -91,6 +92,9 @@ class Prediction:
     dot, added, gain, heads : Dot, array, float, int
         The sums inside, the part of both variances that :func:`sums.estimate` gave, the factor that it was multiplied with, and, if the
         result has heads side by side, how many: what is needed to do it again exactly.
+    unrounded, cost : array or None
+        Where the recipe emulates roundings of its inputs: float64 on the inputs as they are, and the variance that these roundings would
+        bring if each were an independent one in a format whose exponents never end.  None: ``plain``, and nothing.
     shared : bool
         Part of the noise sits in an input, so that the elements of a row err together and count as one in a group.
     """
@@ -109,6 +113,8 @@ class Prediction:
     added: Float | None = field(default=None, repr=False)
     gain: float = 1.0
     heads: int = 0
+    unrounded: Float | None = field(default=None, repr=False)
+    cost: Float | None = field(default=None, repr=False)
     shared: bool = False
 
     def bits(self) -> Float:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aprender import _core, stages
-from aprender.arithmetic import Profile
+from aprender.arithmetic import F32, Profile
 from aprender.captures import Captures, halves_from_pairs
-from aprender.judge import ggml
+from aprender.judge import fused, ggml, narrow
 from aprender.judge.noise import FUSED, PREDICT
 from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.sums import Index
@@ -47,6 +47,10 @@ class Sample:
         Keys of ``values`` that were recomputed and not captured.
     last : frozenset
         Keys of ``values`` that hold the last token only.
+    past : mapping
+        (stage, layer) to the rows of the tokens before these, where the same side captured them: what the caches must still hold.
+    before : tuple of int
+        Ids of these earlier tokens.
     """
 
     values: Mapping[Key, NDArray[np.float32]] = field(repr=False)
@@ -55,6 +59,8 @@ class Sample:
     keys: Index
     derived: frozenset[Key] = frozenset()
     last: frozenset[Key] = frozenset()
+    past: Mapping[Key, NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    before: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, captures: Captures) -> Sample:
@@ -63,14 +69,23 @@ class Sample:
         cached = [note.shape[stages.stage(key[0]).shape.index("J")] for key, note in notes.items() if "J" in stages.stage(key[0]).shape]
         count = max([len(positions), *cached])
         first = positions[-1] + 1 - count if len(positions) else 0
+        earlier = [_in_halves(piece) for piece in captures.past]
+        rows = [key for key in (earlier[0] if earlier else ()) if stages.stage(key[0]).shape[0] == "T" and all(key in e for e in earlier)]
         return cls(
-            values=_Halves(captures) if any(note.lanes == PAIRS for note in notes.values()) else captures,
+            values=_in_halves(captures),
             tokens=captures.tokens,
             positions=positions,
             keys=positions if count == len(positions) else np.arange(first, first + count),
             derived=frozenset(key for key, note in notes.items() if note.origin == DERIVED),
             last=frozenset(key for key, note in notes.items() if note.positions == LAST),
+            past={key: np.concatenate([piece[key] for piece in earlier]) for key in rows},
+            before=tuple(token for piece in captures.past for token in piece.tokens),
         )
+
+
+def _in_halves(captures: Captures) -> Mapping[Key, NDArray[np.float32]]:
+    """The values of a capture in Hugging Face lane order."""
+    return _Halves(captures) if any(note.lanes == PAIRS for note in captures.manifest.tensors.values()) else captures
 
 
 class _Halves(Mapping[Key, NDArray[np.float32]]):
@@ -126,12 +141,26 @@ def ancestors(wires: Mapping[Key, tuple[Source, ...]]) -> dict[Key, frozenset[Ke
     return out
 
 
+def _after(past: Float | None, fresh: Operand) -> Operand:
+    """Rows that were captured earlier, without a doubt, and then those of this run."""
+    if past is None:
+        return fresh
+    spread = None if fresh.variance is None else np.concatenate([np.zeros_like(past), fresh.variance])
+    return Operand(np.concatenate([past, fresh.value]), spread)
+
+
 class Unmeasured(Exception):
     """Why a stage cannot be judged."""
 
 
 class Unlike(Exception):
     """Why a captured value is not the stage that it is called."""
+
+
+def recipes(profile: Profile) -> dict[str, Recipe]:
+    """Operation to its recipe in an arithmetic."""
+    made = dict(PREDICT if profile.ggml is None else ggml.PREDICT)
+    return made | (dict(fused.PREDICT) if profile.fused else {}) | (dict(narrow.PREDICT) if profile.accumulator != F32 else {})
 
 
 class Replay:
@@ -159,7 +188,8 @@ class Replay:
         weights: Weights | None,
         stored: Mapping[Key, tuple[str, NDArray[np.uint8]]] | None = None,
     ) -> None:
-        self.recipes, self.stored = PREDICT if profile.ggml is None else ggml.PREDICT, stored or {}
+        self.recipes = recipes(profile)
+        self.stored = stored or {}
         self.sample, self.profile, self.hparams, self.flags, self.weights = sample, profile, hparams, flags, weights
         self.wires = wiring(flags, int(hparams["layers"]))
         self.changes: Mapping[Key, Recipe] = {}  # recipes of a twin that replays a suspected fault; none in a judgement
@@ -177,17 +207,33 @@ class Replay:
     def operation(self, key: Key) -> str:
         """The operation that a stage is judged as: a fused bias is part of the product before it."""
         op = stages.stage(key[0]).op
+        if self.profile.fused and op == fused.LAST:
+            return fused.ATTENTION
         return FUSED[op] if self.profile.fused_bias and op in FUSED else op
 
+    def absent(self) -> frozenset[Key]:
+        """Stages that such a side never forms: a product before a fused bias, the inside of a fused attention kernel."""
+        bias = {sources[0].key for key, sources in self.wires.items() if self.profile.fused_bias and stages.stage(key[0]).op in FUSED}
+        inside = {key for key in self.wires if self.profile.fused and stages.stage(key[0]).op in fused.INSIDE}
+        return frozenset(bias | inside)
+
     def captured(self, key: Key) -> Float:
-        """The captured value in float64, cut to the rows that this run computed (a cache may hold older ones)."""
+        """The captured value in float64, cut to the rows that can be judged: of a cache those of this run, unless its past is known."""
         if key not in self.sample.values:
             raise Unmeasured("the side did not show it")
         if key in self.sample.derived:
             raise Unmeasured("recomputed from the side's own input, not captured: judged together with the next captured stage")
         value = self._value(key)
-        fresh = stages.stage(key[0]).shape[0] == "J" and value.shape[0] > len(self.sample.tokens)
+        row = stages.stage(key[0])
+        fresh = row.shape[0] == "J" and value.shape[0] > len(self.sample.tokens) and self._past(self.wires[key][0]) is None
         return value[-len(self.sample.tokens) :] if fresh else value
+
+    def _past(self, source: Source) -> Float | None:
+        """What earlier tokens of this sequence had at an input, [J - T, ...]; None where that was not captured."""
+        rows = self.sample.past.get(source.key)
+        if rows is None or source.key in self.sample.derived or len(rows) != len(self.sample.keys) - len(self.sample.tokens):
+            return None
+        return np.asarray(rows, np.float64)[..., self._columns[source.part] if source.part else slice(None)]
 
     def _value(self, key: Key) -> Float:
         """A captured array in float64, if it has the shape that the model gives the stage."""
@@ -222,15 +268,26 @@ class Replay:
         if self.profile.fused_bias and op in FUSED:  # the product before the bias does not exist on such a side
             before = sources[0].key
             op, sources, rows = FUSED[op], self.wires[before], [stages.stage(before[0]), row]
+        inside: tuple[Key, ...] = ()
+        if self.profile.fused and op in fused.INSIDE:
+            raise Unmeasured("attention is one kernel on this side, which forms no such value")
+        if self.profile.fused and op == fused.LAST:
+            probabilities, values = sources
+            scores = self.wires[probabilities.key][0]
+            inside = scores.key, probabilities.key
+            op, sources = fused.ATTENTION, (*self.wires[scores.key], values)
         operands = [self._operand(source, last, spans) for source in sources]
+        past = [self._past(source) if rows[-1].shape[0] == "J" else None for source in sources]  # a cache has the rows of all tokens so far
+        operands = [_after(*pair) for pair in zip(past, operands, strict=True)]
         if len(spans) > LONGEST_REGION:
             raise Unmeasured("none of its inputs was captured near enough: " + ", ".join(stages.spell(k) for k in spans[:3]) + " …")
         tokens = slice(-1, None) if last else slice(None)
+        remembered = any(rows is not None for rows in past)
         setting = Setting(
             profile=self.profile,
             hparams=self.hparams,
-            tokens=self.sample.tokens[tokens],
-            positions=self.sample.positions[tokens],
+            tokens=(*self.sample.before, *self.sample.tokens) if remembered else self.sample.tokens[tokens],
+            positions=self.sample.keys if remembered else self.sample.positions[tokens],
             keys=self.sample.keys,
             weights=self._parts([r.weight for r in rows], key[1]),
             biases=self._parts([r.bias for r in rows], key[1]),
@@ -238,7 +295,12 @@ class Replay:
             captured=captured,
         )
         made = self.changes.get(key, self.recipes[op])(setting, operands)
-        return dataclasses.replace(made, shared=any(o.variance is not None for o in operands)), tuple(spans)
+        return dataclasses.replace(made, shared=made.shared or any(o.variance is not None for o in operands)), (*spans, *inside)
+
+    def read(self, key: Key, which: str = "out", last: bool = False) -> Operand:
+        """What a stage leaves (``out``), or reads first (``a``) or second (``b``), as an input of another stage."""
+        source = Source(key) if which == "out" else self.wires[key]["ab".index(which)]
+        return self._operand(source, last, [])
 
     def _operand(self, source: Source, last: bool, spans: list[Key]) -> Operand:
         """An input as captured, else as estimated; ``spans`` grows by what was estimated."""
@@ -248,7 +310,7 @@ class Replay:
         if known:
             value = self._value(key)
             return Operand(self._cut(value, row, last and key not in self.sample.last)[..., columns])
-        if row.shape[0] == "J" and len(self.sample.keys) > len(self.sample.tokens):
+        if row.shape[0] == "J" and len(self.sample.keys) > len(self.sample.tokens) and self._past(self.wires[key][0]) is None:
             raise Unmeasured(f"{stages.spell(key)} was not captured, and it holds tokens from before this run")
         whole = row.shape[0] == "J"  # keys and values of all tokens are read, also for the last token
         made, before = self.predict(key, last and not whole)

@@ -9,6 +9,8 @@ A value y that is spread evenly between neighbours is off by a uniform error of 
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,11 @@ MEAN_ROUNDING = 0.18 * U * U
 
 CERTAIN = 6.0
 """A rounding is taken as decided if its boundary is this many standard deviations away: P(flip) = 2e-9."""
+
+
+def endless(fmt: Format) -> Format:
+    """A format of the same precision whose exponents never end, as far as float64 goes: nothing is too small or too large for it."""
+    return dataclasses.replace(fmt, least=-900, overflow=np.inf)
 
 
 def ulp(y: Float, fmt: Format) -> Float:
@@ -70,7 +77,8 @@ def variance(y: Float, fmt: Format, grid: Float | None = None) -> Float:
     |y| < ulp/2 happens only deep in the subnormals: the result is 0 and the error -y, not uniform.
     """
     step = ulp(y, fmt)
-    v = step * step / 12.0
+    with np.errstate(over="ignore"):  # of an infinite value it is infinite
+        v = step * step / 12.0
     if grid is not None:
         ratio = np.where(grid > 0, step / np.where(grid > 0, grid, 1.0), np.inf)
         v = np.where(ratio <= 1.0, 0.0, v * (1.0 + 2.0 / np.maximum(ratio, 1.0) ** 2))

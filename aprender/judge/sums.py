@@ -26,14 +26,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprender import _core
-from aprender.arithmetic import Order
+from aprender.arithmetic import Format, Order
 from aprender.errors import ArgumentError
-from aprender.judge.rounding import Float
+from aprender.judge.rounding import Float, to_format, variance
 
 Index = NDArray[np.int64]
 
-WIDENED = 1 << 24
-"""Weights held in float64 at once: 128 MiB, and as much for their squares."""
+SMALLEST = 2.0**-149
+"""Step of float32 below its normal numbers: no rounding of a sum has a shorter one."""
+
+NORMAL = 2.0**-126
+"""Smallest normal number of float32 and bfloat16."""
+
+WIDENED = 1 << 22
+"""Weights held in float64 at once: 32 MiB, and as much for their squares."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,15 @@ class Dot:
     x, w : array
         [B, T, K] and [B, N, K], the numbers that the engine multiplied.  w may be float32; it is widened a few columns at a time.
     order : Order
+    flush : bool
+        A unit may carry it out that reads subnormal numbers as zero: the bfloat16 products of x86 (``vdpbf16ps``, AMX) do so whatever the
+        flags say, and older CPUs do not have them.
     """
 
     x: Float
     w: NDArray[Any]
     order: Order
+    flush: bool = False
 
     @property
     def size(self) -> int:
@@ -72,13 +82,35 @@ class Dot:
 
 
 def estimate(dot: Dot) -> Float:
-    """Variance of each dot product, from sums over segments and one sum of squares per segment: [B, T, N]."""
-    return _core.estimate_sums(_float64(dot.x), _weights(dot.w), lanes=dot.order.lanes, block=_block(dot))
+    """Variance of each dot product, from sums over segments and one sum of squares per segment: [B, T, N].
+
+    A rounding of a subnormal sum has the step of the smallest numbers, which a relative variance does not know of.
+    """
+    found = _core.estimate_sums(_float64(dot.x), _weights(dot.w), lanes=dot.order.lanes, block=_block(dot))
+    found, lost = np.where(found > 0, found + dot.x.shape[2] * SMALLEST**2 / 12.0, found), _flushed(dot)
+    return np.asarray(found if lost is None else found + lost)
+
+
+def _flushed(dot: Dot) -> Float | None:
+    """Square of what a unit may lose that reads subnormal numbers as zero and writes none: [B, T, N]; None where there are none.
+
+    The bound is every product of which a factor is subnormal, and what is subnormal of each partial sum.
+    """
+    if not dot.flush:
+        return None
+    small_x, small_w = (np.where(np.abs(a) < NORMAL, np.abs(a), 0.0).astype(np.float64) for a in (dot.x, dot.w))
+    if not (small_x.any() or small_w.any()):
+        return None
+    x, w = np.abs(dot.x.astype(np.float64)), np.abs(dot.w.astype(np.float64))
+    lost = small_x @ w.transpose(0, 2, 1) + x @ small_w.transpose(0, 2, 1)
+    return np.asarray(np.square(lost + dot.x.shape[2] * NORMAL))
 
 
 def exact(dot: Dot, flat: Index) -> Float:
     """Variance of some dot products from all their partial sums, by flat index into the result: [P].  The work is K per element."""
-    return _core.exact_sums(_float64(dot.x), _weights(dot.w), flat.astype(np.int64, copy=False), lanes=dot.order.lanes, block=_block(dot))
+    at = flat.astype(np.int64, copy=False)
+    found, lost = _core.exact_sums(_float64(dot.x), _weights(dot.w), at, lanes=dot.order.lanes, block=_block(dot)), _flushed(dot)
+    return found if lost is None else found + lost.ravel()[at]
 
 
 def emulate(dot: Dot, flat: Index | None = None) -> Float:
@@ -93,6 +125,25 @@ def emulate(dot: Dot, flat: Index | None = None) -> Float:
     """
     index = None if flat is None else flat.astype(np.int64, copy=False)
     return _core.lane_dots(_float32(dot.x), _float32(dot.w), index, lanes=dot.order.lanes).ravel().astype(np.float64)
+
+
+def narrow(dot: Dot, fmt: Format) -> tuple[Float, Float]:
+    """Sums kept in a short format, one fused multiply-add after the other: the bits, and the variance of so many independent roundings.
+
+    The variance is sum_k ulp(S_k)^2 / 12 over the true partial sums: what a sum that stands still exceeds.  The work is K passes over
+    [B, T, N].  Products of 16-bit numbers are exact in float64, and so the sum with one is rounded once.
+
+    Returns
+    -------
+    (array, array)
+        Both [B, T, N].
+    """
+    bits, true, left = (np.zeros((dot.x.shape[0], dot.x.shape[1], dot.w.shape[1])) for _ in range(3))
+    for k in range(dot.x.shape[2]):
+        product = dot.x[:, :, k, None] * dot.w[:, None, :, k].astype(np.float64, copy=False)
+        bits, true = to_format(bits + product, fmt), true + product
+        left += variance(true, fmt)
+    return bits, left
 
 
 def lane_dot(x: Float, w: Float, lanes: int) -> Float:

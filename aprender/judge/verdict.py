@@ -4,15 +4,15 @@ Owns :func:`local` (states per stage), :func:`decide` (first wrong operation, fi
 scripts rely on.  Refuses to run a side or to read a file.  Called by ``aprender.bisection``.
 
 A stage is ``exact`` (captured equals the emulation of the declared arithmetic bit for bit), ``noise`` (what is left is what that arithmetic
-leaves), ``wrong``, ``inherited`` (right on its own inputs, but they depend on something wrong), ``unmeasured`` or ``not_comparable`` with a
-reason.  A local test accuses; a free difference only shows.
+leaves), ``wrong``, ``inherited`` (right on its own inputs, but they depend on something wrong), ``heals`` (off, and equal up to a gauge:
+``judge.gauge``), ``unmeasured`` or ``not_comparable`` with a reason.  A local test accuses; a free difference only shows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,20 +21,30 @@ from aprender import stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.errors import NotComparable
+from aprender.judge import history
 from aprender.judge.diagnose import BUDGET, UNKNOWN, Diagnosis, diagnose
-from aprender.judge.measure import Group, Measure, group_count, measure
+from aprender.judge.gauge import Judge, after_bias, healed, said
+from aprender.judge.loss import ARITHMETIC_LOSS, Loss, loss
+from aprender.judge.measure import Group, Margin, Measure, group_count, measure
 from aprender.judge.metrics import Distance
 from aprender.judge.replay import Replay, Unlike, Unmeasured, ancestors
+from aprender.judge.roundings import UNDECLARED, Explanation, explanations, undeclared
 from aprender.judge.rule import Gates, Rule
 from aprender.judge.witness import ModelData
 from aprender.stages import Key
 
-EXACT, NOISE, WRONG, INHERITED = "exact", "noise", "wrong", "inherited"
+EXACT, NOISE, WRONG, INHERITED, HEALS = "exact", "noise", "wrong", "inherited", "heals"
 UNMEASURED, NOT_COMPARABLE = "unmeasured", "not_comparable"
 DIAGNOSED = 3
 """Wrong stages of a side, from the first, whose kind is looked for."""
 OPERATION, OVERFLOW = "operation", "overflow"
 SUBJECT, REFERENCE = "subject", "reference"
+OF_ARITHMETIC: Mapping[str, str] = {
+    OVERFLOW: "overflows first: its arithmetic is too narrow",
+    UNDECLARED: "is the first whose roundings are not those that it declares",
+    ARITHMETIC_LOSS: "is the first where the arithmetic itself fails, carried out as declared",
+}
+"""Kinds that are no wrong operation, and what the sentence says of the first."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class StageResult:
     layer : int or None
     state : str
     reason : str
-        Why it is wrong, unmeasured or not comparable, or which wrong stage it inherits from; empty for a clean stage.
+        Why it is wrong, unmeasured or not comparable, which wrong stage it inherits from, or up to what it is equal; empty if it is clean.
     n : int
         Elements compared.
     i_max, z_rms, z_max, z_mean, bit_equal, power : float or None
@@ -62,6 +72,14 @@ class StageResult:
         Stages that were estimated and not captured: the region that was judged.
     diagnosis : Diagnosis or None
         What kind of fault it is; None for a stage that is not wrong, or not among the first that are.
+    margin : Margin
+        How near the stage came to its gates.
+    rounding : Explanation or None
+        For a wrong stage of no known fault: an undeclared rounding that leaves only dust.
+    systematic : bool
+        That rounding is all the side's for this operation: its arithmetic, and no fault of the stage.
+    loss : Loss or None
+        What the declared arithmetic itself loses there.
     """
 
     stage: str
@@ -80,6 +98,10 @@ class StageResult:
     overflowed: int = 0
     spans: tuple[Key, ...] = ()
     diagnosis: Diagnosis | None = field(default=None, repr=False)
+    margin: Margin = field(default_factory=Margin)
+    rounding: Explanation | None = None
+    systematic: bool = False
+    loss: Loss | None = None
 
     @property
     def key(self) -> Key:
@@ -87,9 +109,17 @@ class StageResult:
         return self.stage, self.layer
 
     @property
+    def kind(self) -> str:
+        """Of a wrong stage: which fault explains it, or which undeclared rounding."""
+        if self.systematic:
+            return UNDECLARED
+        known = self.diagnosis.kind if self.diagnosis else UNKNOWN
+        return f"undeclared {self.rounding.slug}" if known == UNKNOWN and self.rounding else known
+
+    @property
     def measured(self) -> bool:
         """Whether there is a local verdict."""
-        return self.state in (EXACT, NOISE, WRONG, INHERITED)
+        return self.state in (EXACT, NOISE, WRONG, INHERITED, HEALS)
 
     def sees(self, relative: float) -> bool:
         """Whether a relative error of the whole stage of this size is within what this capture had the power to see."""
@@ -126,16 +156,58 @@ def local(captures: Captures, model: ModelData | None, profile: Profile, rule: R
     profile = profile.with_order(captures.manifest.arithmetic)
     replay = Replay.of(captures, model, profile)
     gates = _gates(replay, rule or Rule())
-    results = [_judge(replay, key, gates, profile.band) for key in replay.wires]
-    return _inherit(_diagnosed(results, replay, gates, profile.band), replay)
+    apart = history.apart(captures, replay, lambda piece: Replay.of(piece, model, profile))
+    judged = [_judged(apart.get(key, [replay]), key, gates, profile.band) for key in replay.wires]
+    pieces = {r.key: own for r, own in judged if own is not replay}
+    results, replay = _recognized([r for r, _ in judged], replay, pieces, gates, profile.band)
+    replays = {**dict.fromkeys(replay.wires, replay), **pieces}
+    return inherited(_rounded(_diagnosed(results, replays, gates, profile.band), replays, gates, profile.band), replay)
 
 
-def _diagnosed(results: list[StageResult], replay: Replay, gates: Gates, band: float) -> list[StageResult]:
+def _recognized(
+    results: list[StageResult], replay: Replay, pieces: Container[Key], gates: Gates, band: float
+) -> tuple[list[StageResult], Replay]:
+    """What only looks wrong: a value of another capture point is not comparable, and what is equal up to a gauge heals.
+
+    A stage of which one of ``pieces`` is wrong stays so.
+    """
+    wrong = [r.key for r in results if r.state == WRONG and r.key not in pieces]
+    unlike, replay = after_bias(Judge(replay, gates, band), wrong)
+    if unlike:
+        again = (_judge(replay, r.key, gates, band) if r.key in wrong else r for r in results)
+        results = [StageResult(*r.key, NOT_COMPARABLE, unlike[r.key]) if r.key in unlike else r for r in again]
+    same = healed(Judge(replay, gates, band), [r.key for r in results if r.state == WRONG and r.key not in pieces])
+    heals = {r.key for r in results if r.key in same and r.measured}
+    return [dataclasses.replace(r, state=HEALS, reason=same[r.key], confidence=0.0) if r.key in heals else r for r in results], replay
+
+
+def _judged(replays: Sequence[Replay], key: Key, gates: Gates, band: float) -> tuple[StageResult, Replay]:
+    """One stage, and the replay that its result comes from: of several pieces the first wrong one, else the noisiest."""
+    found = [_judge(replay, key, gates, band) for replay in replays]
+    if len(found) == 1:
+        return found[0], replays[0]
+    at = next((i for i, r in enumerate(found) if r.state == WRONG), None)
+    if at is None:
+        at = max(range(len(found)), key=lambda i: (found[i].measured, found[i].state != EXACT, found[i].z_rms or 0.0))
+    reason = f"in the piece of {history.piece_of(replays[at])}: {found[at].reason}" if found[at].state == WRONG else found[at].reason
+    return dataclasses.replace(found[at], reason=reason, n=sum(r.n for r in found)), replays[at]
+
+
+def _diagnosed(results: list[StageResult], replays: Mapping[Key, Replay], gates: Gates, band: float) -> list[StageResult]:
     """The first wrong stages with the kind of their fault."""
     first = [r.key for r in results if r.state == WRONG][:DIAGNOSED]
     end = time.thread_time() + BUDGET
-    found = {key: diagnose(replay, key, gates, band, end - time.thread_time()) for key in first}
+    found = {key: diagnose(replays[key], key, gates, band, end - time.thread_time()) for key in first}
     return [dataclasses.replace(r, diagnosis=found.get(r.key)) for r in results]
+
+
+def _rounded(results: list[StageResult], replays: Mapping[Key, Replay], gates: Gates, band: float) -> list[StageResult]:
+    """The wrong stages of no known fault with the undeclared rounding that explains them."""
+    open_ones = [r.key for r in results if r.state == WRONG and r.kind == UNKNOWN]
+    found = explanations(replays, open_ones, gates, band)
+    ops = {r.key: replays[r.key].operation(r.key) for r in results if r.measured}
+    whole = undeclared(ops, [r.key for r in results if r.state == WRONG], found)
+    return [dataclasses.replace(r, rounding=whole.get(r.key, found.get(r.key)), systematic=r.key in whole) for r in results]
 
 
 def _gates(replay: Replay, rule: Rule) -> Gates:
@@ -151,13 +223,17 @@ def _judge(replay: Replay, key: Key, gates: Gates, band: float) -> StageResult:
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # an overflow is a value here, and is judged as one
             made, spans = replay.predict(key, key in replay.sample.last, captured)
             found = measure(captured, made, gates, band)
+            lost = loss(made, gates, band, len(replay.wires))
     except Unmeasured as reason:
         return StageResult(*key, UNMEASURED, str(reason))
     except Unlike as reason:
         return StageResult(*key, NOT_COMPARABLE, str(reason))
     if found.n == 0 and not found.reasons:
         return StageResult(*key, UNMEASURED, "no element is finite and allowed by the mask", overflowed=found.overflowed)
-    return _result(key, found, spans, gates)
+    result = dataclasses.replace(_result(key, found, spans, gates), loss=lost)
+    if result.state == WRONG and stages.stage(key[0]).shape[0] == "J":
+        return dataclasses.replace(result, reason=history.held(replay, captured, made.bits()))
+    return result
 
 
 def _result(key: Key, found: Measure, spans: tuple[Key, ...], gates: Gates) -> StageResult:
@@ -179,10 +255,11 @@ def _result(key: Key, found: Measure, spans: tuple[Key, ...], gates: Gates) -> S
         confidence=(1.0 - gates.chance(found.deviation)) / (1 + len(spans)) if found.reasons else 0.0,
         overflowed=found.overflowed,
         spans=spans,
+        margin=found.margin,
     )
 
 
-def _inherit(results: list[StageResult], replay: Replay) -> list[StageResult]:
+def inherited(results: list[StageResult], replay: Replay) -> list[StageResult]:
     """Mark what is right on its own inputs but depends on something wrong."""
     before = ancestors(replay.wires)
     wrong = [r.key for r in results if r.state == WRONG]
@@ -255,6 +332,7 @@ class Row:
     free: Distance | None = None
     quantization: float | None = None
     result: StageResult | None = None
+    closure: Mapping[str, Mapping[str, float | bool]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """The keys that scripts rely on; null where a figure does not exist."""
@@ -270,6 +348,8 @@ class Row:
             "i_max": None if own is None else own.i_max,
             "z_rms": None if own is None else own.z_rms,
             "z_max": None if own is None else own.z_max,
+            "loss": None if own is None or own.loss is None else own.loss.relative,
+            "closure": {name: self.closure.get(name) for name in (SUBJECT, REFERENCE)},
             "state": self.state,
         }
 
@@ -289,6 +369,10 @@ class Verdict:
         All of them.  A replay takes the captured inputs as they are, so these are faults of their own, not consequences.
     sentence : str
         Where, what kind, how sure.
+    closure : mapping
+        ``subject`` and ``reference`` to what :mod:`aprender.judge.closure` found, or why it was not run.
+    decomposition : mapping or None
+        What the free difference of the last stage is made of (:mod:`aprender.judge.parts`); None without both sides' weights.
     """
 
     verdict: str
@@ -303,6 +387,8 @@ class Verdict:
     reference: Party
     rows: tuple[Row, ...] = field(repr=False)
     probes: tuple[str, ...] = ()
+    closure: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    decomposition: Mapping[str, object] | None = None
 
     def led_by(self, finding: str, sentence: str) -> Verdict:
         """The same judgement of the stages, led by a finding that is no stage's."""
@@ -320,6 +406,8 @@ class Verdict:
             "compared": self.compared,
             "unmeasured": [{"layer": r.layer, "stage": r.stage, "reason": r.reason} for r in self.unmeasured],
             "probes": list(self.probes),
+            "closure": {name: self.closure.get(name) for name in (SUBJECT, REFERENCE)},
+            "decomposition": self.decomposition,
             "tokens": list(self.tokens),
             "subject": self.subject.to_json(),
             "reference": self.reference.to_json(),
@@ -354,11 +442,12 @@ def decide(
     keys = sorted({*own, *other, *free}, key=stages.order)
     rows = tuple(_row(key, own.get(key), other.get(key), free.get(key), (quantization or {}).get(key)) for key in keys)
     faults = [*_faults(SUBJECT, subject.results), *_faults(REFERENCE, reference.results)]
-    faults.sort(key=lambda fault: stages.order(fault.key))  # stable: the subject first where both are wrong
+    # stable: the subject first where both are wrong; what is the arithmetic's, and no stage's own fault, comes after all that is
+    faults.sort(key=lambda fault: (fault.kind in (UNDECLARED, ARITHMETIC_LOSS), stages.order(fault.key)))
     kinds = {fault.kind for fault in faults}
     measured = sum(r.measured for r in subject.results)
     verdict = "divergence" if faults else "agree" if measured else NOT_COMPARABLE
-    finding = None if not faults else OPERATION if kinds != {OVERFLOW} else OVERFLOW
+    finding = None if not faults else OPERATION if kinds - set(OF_ARITHMETIC) else faults[0].kind
     return Verdict(
         verdict=verdict,
         finding=finding,
@@ -389,16 +478,26 @@ def _row(key: Key, own: StageResult | None, other: StageResult | None, free: Dis
 def _faults(side: str, results: Iterable[StageResult]) -> list[Fault]:
     """What is wrong with one side, and where its declared arithmetic is too narrow."""
     wrong = [
-        Fault(side, r.layer, r.stage, r.diagnosis.kind if r.diagnosis else UNKNOWN, r.confidence, r.reason, r.diagnosis)
-        for r in results
-        if r.state == WRONG
+        Fault(side, r.layer, r.stage, r.kind, r.confidence, f"{r.reason}{_explained(r)}", r.diagnosis) for r in results if r.state == WRONG
     ]
     narrow = [
         Fault(side, r.layer, r.stage, OVERFLOW, 1.0, f"{r.overflowed} elements overflow, as the declared arithmetic does")
         for r in results
         if r.overflowed and r.state != WRONG
     ]
-    return wrong + narrow
+    lossy = [
+        Fault(side, r.layer, r.stage, ARITHMETIC_LOSS, 1.0, r.loss.reason)
+        for r in results
+        if r.loss is not None and r.loss.reason and r.state != WRONG and not r.overflowed
+    ]
+    return wrong + narrow + lossy
+
+
+def _explained(result: StageResult) -> str:
+    """What an undeclared rounding leaves of a wrong stage, in words."""
+    if result.rounding is None or (not result.systematic and result.kind != f"undeclared {result.rounding.slug}"):
+        return ""
+    return f"; nothing is left of that with {result.rounding.text()}"
 
 
 def _sentence(
@@ -413,8 +512,8 @@ def _sentence(
     if faults:
         first = faults[0]
         party = subject if first.side == SUBJECT else reference
-        what = "is the first wrong operation" if first.kind != OVERFLOW else "overflows first: its arithmetic is too narrow"
-        kind = "" if first.kind in (UNKNOWN, OVERFLOW) else f", {first.kind}"
+        what = OF_ARITHMETIC.get(first.kind, "is the first wrong operation")
+        kind = "" if first.kind == UNKNOWN or first.kind in OF_ARITHMETIC else f", {first.kind}"
         sure = f"{100 * min(first.confidence, 0.999999):.4f} %".replace(".0000 %", " %")
         more = f" {len(faults) - 1} more below." if len(faults) > 1 else ""
         return f"{_place(first.key)} of the {first.side} ({party.spelling}) {what}{kind}: {first.reason}. Confidence {sure}.{more}"
@@ -431,7 +530,11 @@ def _sentence(
         apart = f" Running alone, the sides end {free[last].rel_l2:.1e} apart (relative L2 at {_place(last)}){weights}."
     other = sum(r.measured for r in reference.results)
     both = f" So are {other} of the reference." if other else ""
-    return f"Agree: all {len(judged)} judged stages of {subject.spelling} are right, {how}.{both}{apart}"
+    but = [
+        said(party.spelling, [(r.key, r.reason) for r in party.results if r.state in (HEALS, NOT_COMPARABLE)])
+        for party in (subject, reference)
+    ]
+    return f"Agree: all {len(judged)} judged stages of {subject.spelling} are right, {how}.{both}{''.join(but)}{apart}"
 
 
 def _place(key: Key) -> str:

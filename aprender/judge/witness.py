@@ -6,8 +6,8 @@ float64, nothing is rounded to another format, no order of summation is prescrib
 side's own captured inputs), by ``bisection`` (the forward pass, as the side ``witness``) and by tests against Hugging Face float32.
 
 Dimensions: T tokens, J keys, D model, H heads, KV key and value heads, h head size, Qd = H*h, Kd = KV*h, F ffn, V vocabulary.  Arrays have
-the token first; attention scores and probabilities are [H, T, J].  Lane order is Hugging Face's: the two halves of a head are rotated
-against each other.
+the token first; attention scores and probabilities are [H, T, J].  Further axes in front are passes side by side, which share the weights.
+Lane order is Hugging Face's: the two halves of a head are rotated against each other.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class ModelData:
 
 # ---- the definitions -------------------------------------------------------------------------------------------------------------------
 
+WIDENED = 1 << 22
+"""Weights held in float64 at once: 32 MiB."""
+
 
 def embedding(table: ArrayLike, ids: Sequence[int]) -> Float:
     """Rows of the token table [V, D] for the ids: [T, D]."""
@@ -86,33 +89,37 @@ def rms_norm(x: Float, weight: ArrayLike, eps: float) -> Float:
 
 
 def linear(x: Float, weight: ArrayLike, bias: ArrayLike | None = None) -> Float:
-    """Rows times weight^T, plus bias, for a weight [out, in]: [T, out]."""
-    y = x @ np.asarray(weight, np.float64).T
+    """Rows times weight^T, plus bias, for a weight [out, in]: [T, out].  The weight is widened a few rows at a time."""
+    w, rows = np.asarray(weight), x.reshape(-1, x.shape[-1])
+    y, wide = np.empty((len(rows), len(w))), max(1, WIDENED // max(w.shape[1], 1))
+    for i in range(0, len(w), wide):
+        np.matmul(rows, w[i : i + wide].astype(np.float64, copy=False).T, out=y[:, i : i + wide])
+    y = y.reshape(*x.shape[:-1], len(w))
     return y if bias is None else y + np.asarray(bias, np.float64)
 
 
 def rotate_half(x: Float, head: int) -> Float:
     """Each head (a, b) as (-b, a): what multiplies the sine."""
-    a, b = np.split(x.reshape(x.shape[0], -1, head), 2, axis=-1)
+    a, b = np.split(x.reshape(*x.shape[:-1], -1, head), 2, axis=-1)
     return np.concatenate([-b, a], axis=-1).reshape(x.shape)
 
 
 def spread_table(table: Float, width: int) -> tuple[Float, Float]:
     """Cosine and sine of a table [T, h] laid out beside a buffer of heads: two arrays [T, width]."""
-    cos, sin = np.split(np.asarray(table, np.float64), 2, axis=1)
-    times = width // cos.shape[1]
-    return np.tile(cos, (1, times)), np.tile(sin, (1, times))
+    cos, sin = np.split(np.asarray(table, np.float64), 2, axis=-1)
+    times = width // cos.shape[-1]
+    return np.tile(cos, times), np.tile(sin, times)
 
 
 def rope(x: Float, table: Float) -> Float:
     """Rotate each head of [T, n*h] by the table [T, h]."""
-    cos, sin = spread_table(table, x.shape[1])
-    return x * cos + rotate_half(x, table.shape[1]) * sin
+    cos, sin = spread_table(table, x.shape[-1])
+    return x * cos + rotate_half(x, table.shape[-1]) * sin
 
 
 def heads_first(x: Float, head: int, repeat: int = 1) -> Float:
     """[T, n*h] as [n * repeat, T, h]; key and value heads are repeated for the ``repeat`` query heads that share each."""
-    return np.repeat(x.reshape(x.shape[0], -1, head).transpose(1, 0, 2), repeat, axis=0)
+    return np.repeat(x.reshape(*x.shape[:-1], -1, head).swapaxes(-2, -3), repeat, axis=-3)
 
 
 def causal(positions: Sequence[int] | NDArray[Any], key_positions: Sequence[int] | NDArray[Any]) -> Mask:
@@ -123,7 +130,7 @@ def causal(positions: Sequence[int] | NDArray[Any], key_positions: Sequence[int]
 def scores(q: Float, k: Float, allowed: Mask, hparams: HParams) -> Float:
     """Scaled products q . k / sqrt(h) where the mask allows, 0 elsewhere: [H, T, J] from q [T, Qd] and k [J, Kd]."""
     head, share = int(hparams["head"]), int(hparams["heads"]) // int(hparams["kv_heads"])
-    dot = heads_first(q, head) @ heads_first(k, head, share).transpose(0, 2, 1)
+    dot = heads_first(q, head) @ heads_first(k, head, share).swapaxes(-1, -2)
     return np.where(allowed, dot / np.sqrt(head), 0.0)
 
 
@@ -139,7 +146,8 @@ def softmax(s: Float, allowed: Mask) -> Float:
 def mix(p: Float, v: Float, hparams: HParams) -> Float:
     """Probabilities [H, T, J] times values [J, Kd], heads side by side: [T, Qd]."""
     head, share = int(hparams["head"]), int(hparams["heads"]) // int(hparams["kv_heads"])
-    return (p @ heads_first(v, head, share)).transpose(1, 0, 2).reshape(p.shape[1], -1)
+    y = (p @ heads_first(v, head, share)).swapaxes(-2, -3)
+    return y.reshape(*y.shape[:-2], -1)
 
 
 def silu(x: Float) -> Float:
@@ -177,12 +185,12 @@ class _Layer:
         return value
 
     def split(self, qkv: Float) -> tuple[Float, Float, Float]:
-        q, k, v = np.split(qkv, [self.qd, self.qd + self.kd], axis=1)
+        q, k, v = np.split(qkv, [self.qd, self.qd + self.kd], axis=-1)
         return q, k, v
 
     def project(self, x: Float) -> Float:
         parts = [linear(x, self.w(name)) for name in ("attn_q", "attn_k", "attn_v")]
-        return self.keep("qkv_matmul", np.concatenate(parts, axis=1))
+        return self.keep("qkv_matmul", np.concatenate(parts, axis=-1))
 
     def add_bias(self, qkv: Float) -> Float:
         parts = [np.asarray(self.w(name), np.float64) for name in ("attn_q_bias", "attn_k_bias", "attn_v_bias")]
@@ -268,7 +276,9 @@ def forward(model: ModelData, ids: Sequence[int]) -> dict[Key, Float]:
         raise ConfigError(f"the witness needs a weight or hyper-parameter that was not given: {missing}", code="MISSING") from missing
 
 
-def steps(model: ModelData, ids: Sequence[int], disturb: Disturb = _as_is) -> Iterator[tuple[Key, Float]]:
+def steps(
+    model: ModelData, ids: Sequence[int], disturb: Disturb = _as_is, first: int = 0, hidden: Float | None = None
+) -> Iterator[tuple[Key, Float]]:
     """The whole pass, top to bottom; yields what each part has produced, a layer at a time.
 
     Parameters
@@ -276,16 +286,20 @@ def steps(model: ModelData, ids: Sequence[int], disturb: Disturb = _as_is) -> It
     model : ModelData
     ids : sequence of int
     disturb : callable, optional
-        (stage, layer) and value to the value that goes on: how rounding noise is carried through a whole pass.
+        (stage, layer) and value to the value that goes on: how rounding noise is carried through a whole pass.  Several passes go side by
+        side if it gives the first two stages, the embedding and the RoPE table, an axis more.
+    first, hidden : int, array, optional
+        The layer to begin with, and the hidden state that enters it; the embedding is then left out.
     """
     weights, hp = model.weights, model.hparams
     positions = np.arange(len(ids))
     allowed = causal(positions, positions)
-    hidden = disturb(("embedding", None), embedding(weights["token_embd", None], ids))
-    yield ("embedding", None), hidden
+    if hidden is None:
+        hidden = disturb(("embedding", None), embedding(weights["token_embd", None], ids))
+        yield ("embedding", None), hidden
     table = disturb(("rope_table", None), rope_table(positions, float(hp["theta"]), int(hp["head"])))
     yield ("rope_table", None), table
-    for i in range(int(hp["layers"])):
+    for i in range(first, int(hp["layers"])):
         out: dict[Key, Float] = {}
         hidden = _layer(_Layer(model, i, out, disturb), hidden, table, allowed)
         yield from out.items()

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "python -m aprender.bisect                                  the embedded model against its recorded Hugging Face FP16 stages",
     "python -m aprender.bisect --plant transposed@lm_head       the same with a planted fault: exit 1",
+    "python -m aprender.bisect --plant nan@0.ffn_out --plant gelu@1.ffn_silu    two faults in one run: both are named",
     "python -m aprender.bisect model.gguf --against hf:folder   our engine on a GGUF against Hugging Face FP16",
     "python -m aprender.bisect hf:folder@bfloat16 --against witness",
     "python -m aprender.bisect saved:stages --against hf:folder@float32 --jsonl",
     "python -m aprender.bisect model.gguf --probe all           decoding, chunks, causality, a second run … beyond the prompt",
+    "python -m aprender.bisect large.gguf --closure             all of closure, whatever it costs; without it a large model is cut short",
+    "python -m aprender.bisect hf:folder@float16 --against witness --arithmetic hf-f16-sdpa       attention as one kernel",
+    "python -m aprender.bisect saved:stages --against witness:folder --arithmetic auto            which arithmetic are these numbers of?",
     "python -m aprender.bisect --prompts questions.txt -q       one prompt per line, one sentence each",
 )
 GIT_BISECT = {CANNOT: 125, 2: 128}
@@ -55,16 +59,34 @@ def _parser() -> Parser:
     add_chat(parser)
     add("--same-ids", action="store_true", help="go on with the reference's token ids where the sides cut the text differently")
     add(
+        "--closure",
+        action="store_true",
+        help="hold the whole free run against float64 passes with rounding noise, whatever it costs (a large model is cut short)",
+    )
+    add(
         "--steps",
         type=int,
         default=0,
         metavar="N",
         help="generate N tokens, the reference's drive both, and judge the first step that differs",
     )
-    add("--plant", metavar="NAME[@SELECTOR]", help="plant a catalogue fault in our own engine first: transposed@lm_head, eps@0.attn_norm")
-    add("--probe", metavar="NAME|all", help="also run the subject in other ways: one short long decode ragged causal repeat traced")
+    add(
+        "--plant",
+        action="append",
+        metavar="NAME[@SELECTOR]",
+        help="plant a catalogue fault in our own engine first: transposed@lm_head, eps@0.attn_norm; may be given several times",
+    )
+    add(
+        "--probe",
+        metavar="NAME|all",
+        help="also run the subject in other ways: one short long decode ragged padded far keys causal repeat traced",
+    )
     add("--list-faults", action="store_true", help="print the catalogue and stop")
-    add("--arithmetic", metavar="[subject=]NAME[,reference=NAME]", help="judge a side under another declared arithmetic")
+    add(
+        "--arithmetic",
+        metavar="[subject=]NAME|auto[,reference=…]",
+        help="judge a side under another arithmetic, hf-f16-sdpa runs it so; auto: the one that fits best",
+    )
     add("--answer", type=int, default=None, metavar="N", help="tokens of the greedy answer to show (default 16; 0: none)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object")
@@ -179,7 +201,7 @@ def _run(words: list[str]) -> int:
     answer = args.answer if args.answer is not None else 0 if args.jsonl or args.quiet else bisection.ANSWER
     try:
         chosen = probes.parse(args.probe)
-        opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles)
+        opened = bisection.open_hunt(args.subject, args.against, args.plant, profiles, args.closure)
     except UnknownName as problem:  # a name that no side has to be opened for is the command line's fault
         raise Usage(str(problem)) from None
     reports = []

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 import aprender
-from aprender import arithmetic, sides, stages
+from aprender import arithmetic, parity, repair, sides, stages
 from aprender import probes as probing
 from aprender.captures import Captures, check_contract
+from aprender.declared import AUTO, led, settle
 from aprender.errors import ArgumentError, CannotRun, Error, NotComparable
-from aprender.judge import closure, faults, loaded, metrics, witness
-from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide, local
+from aprender.judge import closure, faults, loaded, metrics, passes, witness
+from aprender.judge.parts import Parts, decompose
+from aprender.judge.verdict import Fault, Party, StageResult, Verdict, decide
+from aprender.manifest import HELD
 from aprender.references import WitnessSide, candidates, file_of, recorded, weights_of
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
@@ -52,6 +55,8 @@ class Report:
         What was compared; None where no run was needed to decide.
     probed : tuple of Outcome
         What each probe that was asked for found, or why it could not run.
+    operations : tuple of Operation
+        Of our own engine on two devices: how far they agree, operation by operation.
     """
 
     judged: Verdict
@@ -62,6 +67,7 @@ class Report:
     subject: Captures | None = field(default=None, repr=False)
     reference: Captures | None = field(default=None, repr=False)
     probed: tuple[probing.Outcome, ...] = field(default=(), repr=False)
+    operations: tuple[parity.Operation, ...] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -92,6 +98,7 @@ class Report:
             "notes": list(self.notes),
             "reproduce": self.reproduce,
             "probed": [outcome.to_json() for outcome in self.probed],
+            "operations": [row.to_json() for row in self.operations],
         }
         return self.judged.to_json() | extra
 
@@ -171,10 +178,12 @@ class Hunt:
     ----------
     subject, reference : side
         The reference is None if it is to be found: a recording beside the model, else the witness on the subject's weights.
-    planted : PlantedFault or None
-        What was planted in the subject.
+    planted : str or None
+        What was planted in the subject, in words.
     right : side or None
         The subject without the planted fault.
+    closure : bool
+        Whether closure is run whatever it costs.
     """
 
     subject: Any
@@ -182,17 +191,26 @@ class Hunt:
     right: Any = None
     planted: str | None = None
     profiles: Mapping[str, str] = field(default_factory=dict)
+    closure: bool = False
 
     def profile_of(self, party: str, side: Any) -> arithmetic.Profile | None:
         """The declared arithmetic, or the one that the user declares instead."""
-        if party in self.profiles:
+        if party in self.profiles and self.profiles[party] != AUTO:
             return arithmetic.profile(self.profiles[party])
         found: arithmetic.Profile | None = side.profile
         return found
 
+    def under(self, party: str, profile: arithmetic.Profile) -> Hunt:
+        """The same with a side's arithmetic settled."""
+        return dataclasses.replace(self, profiles={**self.profiles, party: profile.name})
+
 
 def open_hunt(
-    subject: str | None = None, against: str | None = None, plant: str | None = None, profiles: Mapping[str, str] | None = None
+    subject: str | None = None,
+    against: str | None = None,
+    plant: str | Sequence[str] | None = None,
+    profiles: Mapping[str, str] | None = None,
+    closure: bool = False,
 ) -> Hunt:
     """Open the sides.
 
@@ -200,24 +218,31 @@ def open_hunt(
     ----------
     subject, against : str, optional
         Spellings of sides; ``witness`` alone runs on the subject's weights.  The embedded model is judged if none is given.
-    plant : str, optional
-        ``NAME[@SELECTOR]``: a catalogue fault to plant in our own engine.
+    plant : str or sequence of str, optional
+        ``NAME[@SELECTOR]``: a catalogue fault to plant in our own engine, or several.
     profiles : mapping, optional
-        ``subject`` or ``reference`` to an arithmetic that replaces the declared one.
+        ``subject`` or ``reference`` to an arithmetic that replaces the declared one; ``auto`` is the one that fits best.
+    closure : bool
+        Run all of closure, whatever it costs.
     """
-    for name in (profiles or {}).values():
-        arithmetic.profile(name)  # a wrong name is said before anything is opened
+    named = {party: name for party, name in (profiles or {}).items() if name != AUTO}
+    rows = {party: arithmetic.profile(name) for party, name in named.items()}  # a wrong name is said before anything is opened
     right: Any = None
-    if plant is not None:
+    planted = [plant] if isinstance(plant, str) else list(plant or ())
+    if planted:
         right = _open(subject, None)
         if not isinstance(right, OwnSide):
             raise CannotRun(f"a fault can be planted in our own engine only, not in {subject}", code="PLANT")
         data = right.model_data()
-        planted = faults.plant(plant, data["flags"], data["hparams"])
-        own: Any = OwnSide(right.path, backend=right.backend, edits=planted.edits, spelling=right.spelling)
+        edits = [edit for name in planted for edit in faults.plant(name, data["flags"], data["hparams"]).edits]
+        own: Any = OwnSide(right.path, backend=right.backend, edits=edits, spelling=right.spelling)
     else:
         own = _open(subject, None)
-    return Hunt(own, None if against is None else _open(against, own), right, plant, profiles or {})
+    other = None if against is None else _open(against, own)
+    for party, side in (("subject", own), ("reference", other)):
+        if side is not None and party in rows and hasattr(side, "declare"):  # a side that can run in more than one arithmetic
+            side.declare(rows[party])
+    return Hunt(own, other, right, " and ".join(planted) or None, profiles or {}, closure)
 
 
 def _open(spelling: str | None, subject: Any) -> Any:
@@ -268,15 +293,31 @@ def hunt(
         reference = recorded(subject, ids) or WitnessSide(subject, "witness")
         found = "recorded beside the model" if isinstance(reference, SavedSide) else "float64 definitions on the subject's own weights"
         notes.append(f"reference: {reference.spelling}, {found}")
+    prompted = len(ids)
     if steps:
         ids, said = _differing_step(subject, reference, ids, steps)
         notes.append(said)
-    judged, left, right, more = _judge(opened, reference, ids, progress)
+    opened, judged, left, right, more = _judge(opened, reference, ids, progress, [prompted, *[1] * (len(ids) - prompted)])
+    devices = parity.table(left, right) if _two_devices(subject, reference) else ()
+    notes += [parity.sentence(devices)] if devices else []
     probed = probing.probe(subject, opened.profile_of("subject", subject), left, probes)
     judged = probing.combine(judged, probed, left.manifest.attestation)
-    more.append(probing.rests(judged.probes))
+    more.append(probing.rests(judged.probes, probed))
     answers = _answers(opened, reference, ids, answer) if answer else ()
-    return Report(judged, prompt, answers, tuple(notes + more), "", left, right, probed)
+    return Report(judged, prompt, answers, tuple(notes + more), "", left, right, probed, devices)
+
+
+def _two_devices(subject: Any, reference: Any) -> bool:
+    """Whether both sides are our own engine, on different devices."""
+    return isinstance(subject, OwnSide) and isinstance(reference, OwnSide) and subject.backend != reference.backend
+
+
+def _captured(side: Any, ids: Sequence[int], pieces: Sequence[int]) -> Captures:
+    """What a side makes of the ids; our own engine as it generates: the prompt, then token by token."""
+    if len(pieces) > 1 and isinstance(side, OwnSide):
+        return side.capture_pieces(ids, pieces)
+    made: Captures = side.capture(ids)
+    return made
 
 
 def _undecided(opened: Hunt, ids: Sequence[int], sentence: str) -> Verdict:
@@ -307,34 +348,49 @@ def _party(opened: Hunt, name: str, side: Any, captures: Captures | None = None,
 
 
 def _judge(
-    opened: Hunt, reference: Any, ids: Sequence[int], progress: Callable[[float], None]
-) -> tuple[Verdict, Captures, Captures, list[str]]:
-    """Capture, check the contract, judge both sides locally, compare freely."""
+    opened: Hunt, reference: Any, ids: Sequence[int], progress: Callable[[float], None], pieces: Sequence[int]
+) -> tuple[Hunt, Verdict, Captures, Captures, list[str]]:
+    """Capture, check the contract, judge both sides locally, compare freely; the hunt comes back with each side's arithmetic settled."""
     subject = opened.subject
-    left = subject.capture(ids)
+    left = _captured(subject, ids, pieces)
     progress(0.15)
-    right = reference.capture(ids)
+    right = _captured(reference, ids, pieces)
     progress(0.3)
     notes = check_contract(left, right)
     models = {
         "subject": weights_of(subject, left.manifest, candidates(subject, reference)),
         "reference": weights_of(reference, right.manifest, candidates(reference, subject)),
     }
-    parties = {}
-    for name, side, captures in (("subject", subject, left), ("reference", reference, right)):
+    results: dict[str, Sequence[StageResult]] = {}
+    settled = []
+    both = {"subject": (subject, left), "reference": (reference, right)}
+    for name, (side, captures) in both.items():
         profile = opened.profile_of(name, side)
-        results = local(captures, models[name], profile) if profile is not None else []
-        parties[name] = _party(opened, name, side, captures, results)
-        progress(0.3 + 0.3 * len(parties))
+        results[name] = []
+        if profile is not None:
+            made = settle(name, side.spelling, captures, models[name], profile, opened.profiles.get(name) == AUTO)
+            opened = opened.under(name, made.profile) if made.profile != profile else opened
+            results[name], repaired = repair.judged(side, captures, models[name], made.profile, made.results)
+            settled.append(made)
+            notes += [made.note] if made.note else []
+            notes += repaired
+        progress(0.3 + 0.2 * len(results))
     free = _witnessed(models, ids)
+    closures = _closures(opened, both, models, free, results)
+    parties = {n: _party(opened, n, *both[n], closure.settled(results[n], closures.get(n, closure.Closure()))) for n in both}
+    progress(0.9)
     cost = _quantization(free)
     judged = decide(parties["subject"], parties["reference"], metrics.compare(left, right), ids, cost, probes=(probing.PROMPT,))
-    both = {"subject": (subject, left), "reference": (reference, right)}
-    judged, parts = _closure(opened, judged, both, models, free)
+    judged = closure.explained(judged, closures)
+    parts = _parts(both, models, free, closures)
+    judged = dataclasses.replace(judged, decomposition=None if parts is None else parts.to_json())
+    for made in settled:
+        judged = led(judged, made)
     judged = _files_first(judged, both, models, notes)
     notes += [] if parts is None else [parts.text()]
+    notes += closure.note(closures)
     notes += _remarks(judged, models, left, right)
-    return judged, left, right, notes
+    return opened, judged, left, right, notes
 
 
 def _files_first(
@@ -350,7 +406,8 @@ def _files_first(
             continue
         cast = side.profile.activations if side.profile else arithmetic.F32
         against = file or held
-        found = loaded.against_file(held if file else None, captures.manifest.hparams, against, cast) if against else []
+        running = captures.manifest.arithmetic.get(HELD)
+        found = loaded.against_file(held if file else None, captures.manifest.hparams, against, cast, running) if against else []
         if found:
             return judged.led_by(loaded.LOADED, loaded.loaded_sentence(name, side.spelling, found, judged.sentence))
     mine, other = (models[name] or _told(captures) for name, (_, captures) in sides.items())
@@ -369,9 +426,9 @@ def _told(captures: Captures) -> witness.ModelData | None:
     return witness.ModelData(m.arch, m.flags, m.hparams, {}) if m.arch and m.hparams else None
 
 
-def _witnessed(models: Mapping[str, witness.ModelData | None], ids: Sequence[int]) -> dict[str, closure.Free]:
+def _witnessed(models: Mapping[str, witness.ModelData | None], ids: Sequence[int]) -> dict[str, passes.Free]:
     """The float64 forward pass on each side's weights, where they are known; one pass for weights that are shared."""
-    out: dict[str, closure.Free] = {}
+    out: dict[str, passes.Free] = {}
     for name, model in models.items():
         twin = next((n for n in out if model is not None and models[n].weights is model.weights), None)  # type: ignore[union-attr]
         if model is not None:
@@ -379,7 +436,7 @@ def _witnessed(models: Mapping[str, witness.ModelData | None], ids: Sequence[int
     return out
 
 
-def _quantization(free: Mapping[str, closure.Free]) -> dict[Key, float]:
+def _quantization(free: Mapping[str, passes.Free]) -> dict[Key, float]:
     """What the weights alone make of the difference: relative L2 of the witness on the subject's against the witness on the reference's."""
     if len(free) < 2:
         return {}
@@ -390,22 +447,34 @@ def _quantization(free: Mapping[str, closure.Free]) -> dict[Key, float]:
     return {key: value for key, value in made if value is not None}
 
 
-def _closure(
+def _closures(
     opened: Hunt,
-    judged: Verdict,
     sides: Mapping[str, tuple[Any, Captures]],
     models: Mapping[str, witness.ModelData | None],
-    free: Mapping[str, closure.Free],
-) -> tuple[Verdict, closure.Parts | None]:
-    """Whether the free runs are explained, and the parts of their difference; noise is predicted only where no stage explains it."""
-    rows: dict[str, Sequence[closure.Closed]] = {"subject": (), "reference": ()}
+    free: Mapping[str, passes.Free],
+    results: Mapping[str, Sequence[StageResult]],
+) -> dict[str, closure.Closure]:
+    """Whether each side's free run is explained by rounding noise; of a side without an arithmetic there is nothing to explain."""
+    out: dict[str, closure.Closure] = {}
     for name, (side, captures) in sides.items():
         model, declared = models[name], opened.profile_of(name, side)
-        if judged.verdict == "agree" and model is not None and declared is not None:
-            rows[name] = closure.closure(captures, model, declared, free[name])
+        if declared is not None and model is None:
+            out[name] = closure.Closure(reason="not run: nobody has the side's weights")
+        elif declared is not None and model is not None:
+            out[name] = closure.closure(captures, model, declared, free[name], results[name], opened.closure)
+    return out
+
+
+def _parts(
+    sides: Mapping[str, tuple[Any, Captures]],
+    models: Mapping[str, witness.ModelData | None],
+    free: Mapping[str, passes.Free],
+    closures: Mapping[str, closure.Closure],
+) -> Parts | None:
+    """The parts of the free difference, where both sides' weights are known."""
     held = [(captures, model) for name, (_, captures) in sides.items() if (model := models[name]) is not None]
-    parts = closure.decompose(held, list(free.values()), list(rows.values())) if len(held) == len(free) == 2 else None
-    return closure.explained(judged, rows), parts
+    rows = [closures[name].rows if name in closures else () for name in sides]
+    return decompose(held, list(free.values()), rows) if len(held) == len(free) == 2 else None
 
 
 def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: Captures) -> list[str]:
@@ -424,6 +493,10 @@ def _remarks(judged: Verdict, models: Mapping[str, Any], left: Captures, right: 
     if models["reference"] is None and judged.reference.results:
         notes.append("the reference's weights were not found: its stages that need them are unmeasured")
     for captures in (left, right):
+        declared = arithmetic.PROFILES.get(captures.manifest.profile or "")
+        if declared is not None and not declared.validated:
+            notes.append(f"{captures.manifest.side}: arithmetic model not validated: {declared.name} was not yet measured on such a device")
+            notes += captures.manifest.notes
         if captures.manifest.attestation is False:
             notes.append(f"{captures.manifest.side}: logits differ when nothing is captured; what was judged is not what makes the text")
     return notes
@@ -462,7 +535,10 @@ def _differing_step(subject: Any, reference: Any, ids: Sequence[int], steps: int
     full = (*ids, *driven)
     if not driven:
         return tuple(ids), "steps: the reference ends at once"
-    last = subject.capture(full, lambda key: key == stages.LOGITS)[stages.LOGITS]
+    if isinstance(subject, OwnSide):
+        last = subject.logits(full, len(ids))
+    else:
+        last = subject.capture(full, lambda key: key == stages.LOGITS)[stages.LOGITS]
     chosen = [int(np.argmax(row)) for row in last[len(ids) - 1 : -1]]
     for step, (mine, theirs) in enumerate(zip(chosen, driven, strict=True)):
         if mine != theirs:
@@ -478,11 +554,12 @@ def compare(
     *,
     prompt: str | None = None,
     prompt_ids: Sequence[int] | None = None,
-    plant: str | None = None,
+    plant: str | Sequence[str] | None = None,
     same_ids: bool = False,
     answer: int = ANSWER,
     steps: int = 0,
     probe: str | None = None,
+    closure: bool = False,
 ) -> Report:
     """Judge one side, against another if given.
 
@@ -496,8 +573,8 @@ def compare(
         Raw text; special tokens as the container's tokenizer declares.
     prompt_ids : sequence of int, optional
         Token ids instead of a text.
-    plant : str, optional
-        A catalogue fault to plant in our own engine first, ``NAME[@SELECTOR]``.
+    plant : str or sequence of str, optional
+        A catalogue fault to plant in our own engine first, ``NAME[@SELECTOR]``, or several.
     same_ids : bool
         Run both sides on the reference's ids even if they cut the text differently.
     answer : int
@@ -506,6 +583,8 @@ def compare(
         Generate so many tokens and judge the first step that differs.
     probe : str, optional
         Names of probes with commas between them, or ``all``; the prompt alone if not given.
+    closure : bool
+        Run all of closure, whatever it costs; a large model is cut short otherwise, and the notes say so.
 
     Returns
     -------
@@ -525,7 +604,7 @@ def compare(
     ('divergence', 'lm_head')
     """
     chosen = probing.parse(probe)
-    opened = open_hunt(subject, against, plant)
+    opened = open_hunt(subject, against, plant, closure=closure)
     ask = Ask(prompt, None if prompt_ids is None else tuple(prompt_ids), same_ids)
     try:
         return hunt(opened, ask, answer, steps, probes=chosen)

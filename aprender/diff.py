@@ -127,9 +127,10 @@ def _row(a: Captures, b: Captures, key: Key, rtol: float | None, limit: int) -> 
         "n": found.n, "shape": list(x.shape), "state": "equal" if equal else "within" if within else "different",
         "n_bits_equal": found.n_bits_equal, "n_value_equal": found.n_value_equal,
         "nan_a_only": found.nan_a_only, "nan_b_only": found.nan_b_only, "nan_both": found.nan_both, "inf_mismatch": found.inf_mismatch,
-        "max_abs": top[0]["gap"] if top else 0.0, "max_abs_finite": found.max_abs, "max_ulp": found.max_ulp, "rms": found.rms,
-        "rel_l2": found.rel_l2, "cosine": None if found.cos_distance is None else 1 - found.cos_distance,
-        "cos_distance": found.cos_distance, "std_ratio": found.std_ratio, "undefined": found.undefined,
+        "max_abs": top[0]["gap"] if top else 0.0, "max_abs_finite": found.max_abs, "max_ulp": found.max_ulp,
+        "ulp_over": list(found.over), "rms": found.rms, "rel_l2": found.rel_l2,
+        "cosine": None if found.cos_distance is None else 1 - found.cos_distance, "cos_distance": found.cos_distance,
+        "std_ratio": found.std_ratio, "undefined": found.undefined,
         "first": None if found.first is None else _index(found.first, x.shape), "top": top[: max(limit, 0)], "worst_token": worst,
         "by_token": None if tokens is None else [_token(one) for one in tokens],
     }  # fmt: skip

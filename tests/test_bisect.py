@@ -35,7 +35,7 @@ FAULT = {
     },
 }
 SIDE = {"type": "object", "required": ["spelling", "profile", "backend", "digest"]}
-STAGE_KEYS = ["layer", "stage", "n", "cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max", "state"]
+STAGE_KEYS = ["layer", "stage", "n", "cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max", "loss", "state"]
 SCHEMA = {  # the keys that scripts rely on
     "type": "object",
     "required": [
@@ -60,7 +60,7 @@ SCHEMA = {  # the keys that scripts rely on
                 "required": STAGE_KEYS,
                 "properties": {
                     "state": {"enum": ["exact", "noise", "wrong", "inherited", "heals", "unmeasured", "not_comparable"]},
-                    **dict.fromkeys(("cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max"), NUMBER),
+                    **dict.fromkeys(("cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max", "loss"), NUMBER),
                 },
             },
         },

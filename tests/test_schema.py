@@ -253,6 +253,13 @@ def test_convert(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path)
         check("convert-1", short(data, "tensors"))
 
 
+def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APRENDER_CUDA_LIBRARY", "no-such-library.so")
+    (data,) = printed(capsys, 0, "env", "--json")
+    assert (data["cuda"]["built"], data["cuda"]["devices"], data["variables"]["APRENDER_CUDA_LIBRARY"]) == (False, [], "no-such-library.so")
+    check("env-1", data)
+
+
 def test_run(capsys: pytest.CaptureFixture[str], made: Path) -> None:
     for words in ((GGUF, "--prompt", "What is 2+2?"), (str(made / "tiny"), "--prompt-ids", "1,2,3", "-n", "3")):
         (data,) = printed(capsys, 0, "run", *words, "--json")

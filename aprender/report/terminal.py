@@ -117,7 +117,8 @@ def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, justify in (("layer", "right"), ("stage", "left"), ("1−cos", "right"), ("rel L2", "right"), ("norm ratio", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("quantization", "I", "rms z", "max z"):
+    closed = verbose and any(_closure(row) for row in rows)
+    for name in ("quantization", "I", "rms z", "max z", *(("leftover", "limit") if closed else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for item in folded(rows, verbose):
@@ -133,10 +134,16 @@ def stage_table(rows: Sequence[Row], verbose: bool = True) -> Table:
             plain(item["i_max"], 1),
             plain(item["z_rms"]),
             plain(item["z_max"], 1),
+            *([figure(_closure(item).get(name)) for name in ("leftover", "limit")] if closed else ()),
             Text(item["state"], style=style),
             style="dim" if item["state"] == "largest" else None,
         )
     return table
+
+
+def _closure(row: Row) -> Mapping[str, float]:
+    """Closure of the subject at a stage; empty where there is none."""
+    return (row.get("closure") or {}).get("subject") or {}
 
 
 def table_text(rows: Sequence[Row], verbose: bool = True) -> str:
@@ -144,6 +151,19 @@ def table_text(rows: Sequence[Row], verbose: bool = True) -> str:
     page = io.StringIO()
     Console(file=page, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False).print(stage_table(rows, verbose))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()) + "\n"
+
+
+def operation_table(rows: Sequence[Row]) -> Table:
+    """Our own engine on two devices, operation by operation (``operations`` of the JSON report)."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("operation", "stages", "values", "same bits", "largest rel L2", "at", "from token"):
+        table.add_column(name, justify="left" if name in ("operation", "at") else "right", no_wrap=True)
+    for row in rows:
+        token = "·" if row["token"] is None else str(row["token"])
+        style = "" if row["equal"] == row["values"] else "bold red"
+        counts = [str(row[name]) for name in ("tensors", "values", "equal")]
+        table.add_row(row["operation"], *counts, figure(row["rel_l2"]), row["stage"] or "·", token, style=style)
+    return table
 
 
 def _side_text(side: Mapping[str, Any]) -> str:
@@ -183,6 +203,8 @@ def render(report: Report, verbose: bool = False) -> RenderableType:
     parts: list[RenderableType] = [head, Text(), _labelled(sides), Text()]
     if data["stages"]:
         parts += [stage_table(data["stages"], verbose), Text()]
+    if data["operations"]:
+        parts += [operation_table(data["operations"]), Text()]
     tail = list(report.answers)
     tail += [(f"probe {outcome.probe}", f"{outcome.state.replace('_', ' ')}: {outcome.text}") for outcome in report.probed]
     tail += [("note", note) for note in report.notes]

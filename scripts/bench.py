@@ -9,6 +9,7 @@ in turn, so that a busy machine spoils both alike.  Nothing here is asserted: a 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -20,6 +21,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -231,12 +233,90 @@ def _memory(call: Callable[[], object]) -> int:
     return python - np.asarray(result).nbytes + _core._peak_bytes() - held
 
 
+# ---- judging ---------------------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, resource, sys, time
+from aprender.captures import open_captures
+from aprender.judge import closure, verdict, witness
+from aprender.judge.witness import ModelData
+from aprender.sides import open_side
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def timed(call):
+    wall, cpu, before = time.perf_counter(), time.process_time(), peak()
+    found = call()
+    return found, time.perf_counter() - wall, time.process_time() - cpu, peak() - before, before
+
+side = open_side(sys.argv[1])
+ids = list(range(3, 3 + int(sys.argv[2])))
+captures = side.capture(ids)
+model = ModelData(**side.model_data())
+results, *local = timed(lambda: verdict.local(captures, model, side.profile))
+free = witness.forward(model, ids)
+closed, *rest = timed(lambda: closure.closure(captures, model, side.profile, free, results, forced=True))
+states = sorted({r.state for r in results})
+print(json.dumps([states, local, closed.plan.draws, all(row.holds for row in closed.rows), rest]))
+"""
+
+
+def judging() -> list[str]:
+    """A whole layer of a 7B model judged in a process of its own: time, and the most memory beside what was held before."""
+    import llamacpp
+    import tiny
+
+    shape = tiny.Shape("qwen2", layers=1, dim=3584, ffn=18944, heads=28, kv_heads=4, head=128, vocab=512)
+
+    def encode(kind: str, array: np.ndarray) -> bytes:
+        """A few rows over and over: what the bits are does not matter, how many there are does."""
+        few = np.random.default_rng(array.shape[1]).standard_normal((128, array.shape[1])).astype(np.float32)
+        return _core.encode(kind, few / np.float32(np.sqrt(array.shape[1])), threads=1).tobytes() * (array.shape[0] // 128)
+
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny.save_gguf(shape, Path(folder, "layer.gguf"), "Q4_K", made=_zeros(shape), encode=encode)
+        for spelling in (str(path), *([] if llamacpp.missing() else [f"llama.cpp:{path}"])):
+            for tokens in (8, 32):
+                command = [sys.executable, "-c", CHILD, spelling, str(tokens)]
+                child = subprocess.run(
+                    command, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+                )
+                states, local, draws, holds, rest = json.loads(child.stdout)
+                engine = "llama.cpp" if ":" in spelling else "our engine"
+                said.append(
+                    f"a layer of a 7B model (Q4_K, 233 million weights), {tokens} tokens, by {engine}: judged in {_took(local)} (states:"
+                    f" {', '.join(states)}); closure with {draws} passes in {_took(rest)} ({'holds' if holds else 'fails'})"
+                )
+    return said
+
+
+def _zeros(shape: Any) -> dict[str, np.ndarray]:
+    """Weights by the name of Hugging Face that take no room: matrices of zeros, vectors of random numbers around 1."""
+    size = {"D": shape.dim, "F": shape.ffn, "V": shape.vocab, "Qd": shape.heads * shape.head, "Kd": shape.kv_heads * shape.head}
+    found = {}
+    for _, _, _, name, dims, form, _, flag in _core.WEIGHTS:
+        if flag == "ALWAYS" or flag in shape.flags:
+            sizes = [size[symbol] for symbol in dims.split()]
+            vector = 1 + 0.1 * np.random.default_rng(len(name)).standard_normal(sizes[0])
+            full = name.replace("%d", "0")
+            found[full] = np.broadcast_to(np.float32(0), sizes) if form == "MATRIX" else vector.astype(np.float32)
+    return found
+
+
+def _took(figures: list[float]) -> str:
+    wall, cpu, more, before = figures
+    return f"{wall:.1f} s ({cpu:.1f} s of CPU), {more / 1e6:.0f} MB beside {before / 1e6:.0f} MB"
+
+
 BENCHES: dict[str, Callable[[], list[str]]] = {
     "opening": opening,
     "loading": loading,
     "comparing": comparing,
     "encoding": encoding,
     "adding": adding,
+    "judging": judging,
 }
 
 

@@ -94,7 +94,7 @@ FAKE_FLAGS := -std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORT
 
 .PHONY: cuda cuda-fake cuda-faults test-cuda
 cuda: aprender/libaprender_cuda.so  ## the GPU backend, by nvcc
-cuda-fake: $(CUDA_OUT)/libaprender_cuda_fake.so $(CUDA_OUT)/libaprender_cuda_fake_faults.so  ## the same kernels on the CPU, for tests
+cuda-fake: $(CUDA_OUT)/libaprender_cuda_fake.so $(CUDA_OUT)/libaprender_cuda_fake_faults.so $(if $(NVCC),$(CUDA_OUT)/libaprender_cuda_fake_runtime.so)  ## the same kernels on the CPU, for tests
 cuda-faults: $(CUDA_OUT)/libaprender_cuda_faults.so  ## the GPU backend with faults that can be switched on
 
 $(CUDA_OUT)/%.o: csrc/base/%.c $(CUDA_CORE)
@@ -114,6 +114,11 @@ $(CUDA_OUT)/libaprender_cuda_fake.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA
 
 $(CUDA_OUT)/libaprender_cuda_fake_faults.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
 	$(CXX) $(FAKE_FLAGS) -DAP_CUDA_FAULTS -DAP_BUILT='"$(notdir $(CXX)), a fake device"' -shared -x c++ csrc/cuda/all.cu csrc/cuda/fake.cpp -x none $(filter %.o,$^) -o $@
+
+# The same with device_cuda.cu over a CUDA runtime of host memory, which needs CUDA's headers.
+CUDA_INCLUDE = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#$$ TOP=//p')/include
+$(CUDA_OUT)/libaprender_cuda_fake_runtime.so: $(CUDA_OUT)/err.o $(CUDA_OUT)/mem.o $(CUDA_CORE)
+	$(CXX) $(FAKE_FLAGS) -isystem $(CUDA_INCLUDE) -DAP_BUILT='"$(notdir $(CXX)), a fake CUDA runtime"' -shared -x c++ csrc/cuda/all.cu csrc/cuda/device_cuda.cu csrc/cuda/fake_runtime.cpp -x none $(filter %.o,$^) -o $@
 
 # Skips what wants a device where none is, with the reason.
 test-cuda: $(VENV)/.checked cuda-fake $(if $(NVCC),cuda cuda-faults)  ## the tests of the GPU backend

@@ -1,7 +1,8 @@
 """Floor 4: the CUDA backend gives the bits of the CPU backend, uses the device as it should, and fails in one clear line.
 
 Without a GPU the kernels run on a device made of host memory (csrc/cuda/fake.cpp): the same sources, each thread of a block up to its next
-meeting point, fresh memory poisoned, graphs kept by value, failures to order.  What that cannot show (nvcc's code, real races, real
+meeting point, fresh memory poisoned, graphs kept by value, failures to order.  Where CUDA's headers are, the code that calls the CUDA
+runtime runs too, on a runtime of host memory (csrc/cuda/fake_runtime.cpp).  What that cannot show (nvcc's code, real races, real
 asynchrony) is shown by the tests at the end, which want a device and skip with that reason where none is, and by scripts/first_gpu_day.py.
 
 Truth: the CPU backend, which is held against Hugging Face, llama.cpp and NumPy elsewhere.
@@ -55,6 +56,13 @@ TABLE = (
     *("graph_new", "graph_set", "graph_run", "kernel"),
 )
 """What can fail while a model is run; the other functions only give back."""
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+BOTH = pytest.mark.parametrize(
+    "fake",
+    ["fake", pytest.param("fake_runtime", marks=pytest.mark.skipif(NVCC is None, reason="no nvcc: no headers of CUDA"))],
+    indirect=True,
+)
+"""On the fake device, and through device_cuda.cu on the fake CUDA runtime."""
 
 
 def same(a: Kept, b: Kept, what: object = "") -> None:
@@ -111,25 +119,36 @@ class Fake:
         """Bytes of device memory that are held."""
         return int(self._dll.ap_fake_live())
 
+    @property
+    def handles(self) -> int:
+        """Streams and graphs that are held."""
+        return int(self._dll.ap_fake_handles())
+
+    @property
+    def last(self) -> int:
+        """What cudaGetLastError would give: of the fake runtime only."""
+        return int(self._dll.ap_fake_last())
+
 
 @pytest.fixture(scope="session")
 def libraries() -> dict[str, Path]:
-    """Both libraries on the fake device, built if something changed since."""
+    """The libraries on the fake device, built if something changed since; the one with the fake runtime where nvcc is."""
     made = subprocess.run(["make", "-s", "cuda-fake"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
-    return {name: BUILD / f"libaprender_cuda_{name}.so" for name in ("fake", "fake_faults")}
+    return {name: BUILD / f"libaprender_cuda_{name}.so" for name in ("fake", "fake_faults", "fake_runtime")}
 
 
 @pytest.fixture
-def fake(libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+def fake(request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """The library that is shipped, on the fake device; nothing may be left on it."""
-    monkeypatch.setenv("APRENDER_CUDA_LIBRARY", str(libraries["fake"]))
-    device = Fake(libraries["fake"])
+    path = libraries[getattr(request, "param", "fake")]
+    monkeypatch.setenv("APRENDER_CUDA_LIBRARY", str(path))
+    device = Fake(path)
     device.reset()
     yield device
     device.reset()
     gc.collect()
-    assert device.live == 0
+    assert (device.live, device.handles) == (0, 0)
 
 
 @pytest.fixture
@@ -166,6 +185,7 @@ FILES = [(shape, "gguf") for shape in tiny.SHAPES if not shape.attention_bias] +
 """Every architecture, tied and untied, with and without biases (which no GGUF of these architectures has)."""
 
 
+@BOTH
 @pytest.mark.parametrize(("shape", "container"), FILES, ids=str)
 def test_every_stage_of_every_architecture(shape: tiny.Shape, container: str, fake: Fake, tiny_model: Maker) -> None:
     model = tiny_model(shape, container)
@@ -174,6 +194,7 @@ def test_every_stage_of_every_architecture(shape: tiny.Shape, container: str, fa
         same(device.forward(ids, "all"), host.forward(ids, "all"), len(ids))
 
 
+@BOTH
 @pytest.mark.parametrize("mode", ["eager", "checked"])
 def test_every_mode_has_the_same_bits(mode: str, fake: Fake, tiny_model: Maker) -> None:
     model = tiny_model(FULL, "safetensors")
@@ -263,6 +284,7 @@ def test_edits_of_the_plan(edit: tuple[str, int | None, str, float], fake: Fake,
     assert moved
 
 
+@BOTH
 def test_overrides_and_feeds(fake: Fake, tiny_model: Maker) -> None:
     model = tiny_model(FULL, "safetensors")
     generator = np.random.default_rng(0)
@@ -291,6 +313,7 @@ def test_nan_stays(fake: Fake, tiny_model: Maker) -> None:
     assert np.isnan(host[LOGITS][1]).all()
 
 
+@BOTH
 def test_a_long_context(fake: Fake, tiny_model: Maker) -> None:
     """More keys than a block of any kernel has threads (256), so that every loop over keys goes round; and the cache grows twice."""
     model = tiny_model(tiny.Shape("qwen2", layers=1), "gguf")
@@ -301,6 +324,7 @@ def test_a_long_context(fake: Fake, tiny_model: Maker) -> None:
         same(device.forward(piece, keep), host.forward(piece, keep), len(piece))
 
 
+@BOTH
 def test_no_race_and_no_divergence(fake: Fake, tiny_model: Maker) -> None:
     """Threads and blocks in reverse order: the same bits.  (A missing barrier changes them: test_faults.)"""
     model = tiny_model(FULL, "safetensors")
@@ -329,15 +353,16 @@ def test_captures_cost_one_copy(fake: Fake, tiny_model: Maker) -> None:
     )  # kept caches are copied into the arena on the device: two layers, keys and values
 
 
+@BOTH
 def test_decoding_is_a_graph(fake: Fake, tiny_model: Maker) -> None:
     """Built once, run once a token, with new arguments where something moved; what is kept and how it is run does not change the bits."""
     model = tiny_model(FULL, "safetensors")
     run, eager = cuda(model), cuda(model, "eager")
     assert (run.mode, eager.mode) == ("auto", "eager")
     counted = ("graph_new", "graph_run", "launch", "graph_set")
-    for one in (run, eager):
-        one.forward(IDS, [LOGITS])
-        assert re.fullmatch(r"\d+ kernels, one by one", str(one.path))
+    for side in (run, eager):
+        side.forward(IDS, [LOGITS])
+        assert re.fullmatch(r"\d+ kernels, one by one", str(side.path))
     before = {name: fake.calls(name) for name in counted}
     for token in range(5):
         graphed = run.forward([token], [LOGITS])
@@ -347,7 +372,8 @@ def test_decoding_is_a_graph(fake: Fake, tiny_model: Maker) -> None:
         assert re.fullmatch(r"\d+ kernels, one by one", str(eager.path))
         assert str(run.path).split()[3] == str(eager.path).split()[0]
         before["launch"] = fake.calls("launch")
-    assert fake.calls("graph_new") - before["graph_new"] == 1
+    one = 2 + int(str(run.path).split()[3]) if "runtime" in fake.path.name else 1  # CUDA makes a graph, each node of it, and what is run
+    assert fake.calls("graph_new") - before["graph_new"] == one
     assert fake.calls("graph_run") - before["graph_run"] == 5
     assert fake.calls("graph_set") > before["graph_set"]
     kept, plain = cuda(model), cuda(model)
@@ -355,6 +381,7 @@ def test_decoding_is_a_graph(fake: Fake, tiny_model: Maker) -> None:
         assert not parity.unequal(kept.forward(ids, "all")[LOGITS], plain.forward(ids, [LOGITS])[LOGITS]).any()
 
 
+@BOTH
 def test_one_upload_for_all_runs_of_a_model(fake: Fake, tiny_model: Maker) -> None:
     model = tiny_model(FULL, "safetensors")
     first = cuda(model)
@@ -424,6 +451,7 @@ def attempt(model: _core.Model, count: Callable[[], int] = int) -> Exception | i
         return problem.with_traceback(None)
 
 
+@BOTH
 @pytest.mark.parametrize("call", TABLE)
 def test_each_call_may_fail(call: str, fake: Fake, tiny_model: Maker) -> None:
     """An error in any call is one DeviceError that names device and call; nothing leaks; what comes after is right."""
@@ -442,12 +470,30 @@ def test_each_call_may_fail(call: str, fake: Fake, tiny_model: Maker) -> None:
                 assert "are free" in str(problem)
             else:
                 assert ("invalid argument" if code == INVALID else "out of memory") in str(problem)
-                assert call in (str(problem.field), "count", "kernel")
+                named = str(problem.field)
+                assert call in (named, "count", "kernel") or (call, named) == ("wait", "upload")  # through the runtime, an upload waits
             del problem
             gc.collect()
-            assert fake.live == 0, (call, nth, code)
+            assert (fake.live, fake.handles) == (0, 0), (call, nth, code)
     host = _core.Run(model).forward(IDS, "all")
     same(cuda(model).forward(IDS, "all"), host)
+
+
+def test_words_of_the_runtime(libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Maker) -> None:
+    """Too old a driver is told so; too little memory is forgotten by the runtime once it was told, as no other error is."""
+    if NVCC is None:
+        pytest.skip("no nvcc: no headers of CUDA")
+    monkeypatch.setenv("APRENDER_CUDA_LIBRARY", str(libraries["fake_runtime"]))
+    device, model = Fake(libraries["fake_runtime"]), tiny_model(tiny.Shape(), "gguf")
+    device.reset()
+    device.fail("count", 1, 35)  # cudaErrorInsufficientDriver
+    with pytest.raises(DeviceError, match="no NVIDIA driver is installed, or it is too old for this CUDA runtime"):
+        cuda(model)
+    for code, left in ((FULL_UP, 35), (INVALID, INVALID)):
+        device.fail("get", 1, code)
+        with pytest.raises(DeviceError):
+            cuda(model)
+        assert device.last == (0 if code == FULL_UP else left)
 
 
 LOST = """
@@ -478,16 +524,16 @@ print(len(_core.Run(model).forward([1], "all")))
 """
 
 
+@BOTH
 @pytest.mark.parametrize(("mode", "where"), [("checked", "in ffn_norm of layer 1"), ("eager", "at or before lm_head")])
-def test_a_lost_device_is_refused_for_good(mode: str, where: str, libraries: dict[str, Path]) -> None:
+def test_a_lost_device_is_refused_for_good(mode: str, where: str, fake: Fake) -> None:
     """An illegal address in a kernel: named with its breadcrumb; afterwards one clear error, and the CPU goes on."""
     layer = [step["stage"] for step in _core.Run(_core.Model(_core.File(CANARY / "canary.gguf"))).plan(2) if step["layer"] == 1]
     kernels = {"qkv_matmul": 3, "qkv_bias": 3}  # one for each of q, k and v; one for every other stage
     first = 2 + sum(kernels.get(stage, 1) for stage in layer)  # embedding, table, layer 0
     nth = first + sum(kernels.get(stage, 1) for stage in layer[: layer.index("ffn_norm") + 1])
-    code = LOST.format(tests=str(ROOT / "tests"), library=str(libraries["fake"]), mode=mode, nth=nth)
-    env = os.environ | {"APRENDER_CUDA_LIBRARY": str(libraries["fake"])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    code = LOST.format(tests=str(ROOT / "tests"), library=str(fake.path), mode=mode, nth=nth)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     first_line, *more = done.stdout.splitlines()
     assert f"illegal memory access was encountered, {where}" in first_line
@@ -498,6 +544,7 @@ def test_a_lost_device_is_refused_for_good(mode: str, where: str, libraries: dic
     assert more[3] == "80"
 
 
+@BOTH
 def test_memory_is_planned_before_it_is_asked_for(fake: Fake, tiny_model: Maker) -> None:
     model = tiny_model(FULL, "safetensors")
     run = cuda(model)
@@ -517,6 +564,7 @@ def test_memory_is_planned_before_it_is_asked_for(fake: Fake, tiny_model: Maker)
         cuda(other)
 
 
+@BOTH
 def test_a_write_beside_a_buffer_is_seen(fake: Fake, tiny_model: Maker) -> None:
     """Guards lie round every buffer; in checked mode they are looked at after each kernel."""
     run = cuda(tiny_model(FULL, "safetensors"), "checked")
@@ -569,6 +617,7 @@ def test_a_library_that_cannot_be_used(
     assert (out, len(err.splitlines())) == ("", 1)
 
 
+@BOTH
 def test_a_library_without_a_device(fake: Fake, tiny_model: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     """Built, and yet nothing to run on: two facts."""
     fake.devices(0)
@@ -751,30 +800,62 @@ def test_the_script_of_the_first_day_runs(libraries: dict[str, Path], tmp_path: 
 
 # ---- where nvcc or a device is ---------------------------------------------------------------------------------------------------------
 
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+EXACT = re.compile(
+    r"(add|sub|mul|fma|div|rcp|sqrt)\.rn\.f(32|64)|(neg|abs|mov)\.f(32|64)|setp\.\w+\.f(32|64)|selp\.f(32|64)|cvt\.(rn|rzi)?\.?\w+\.\w+"
+)
+"""Instructions of PTX on floating-point numbers that IEEE 754 defines to the bit: rounded to nearest, not flushed, not approximate."""
+INEXACT = re.compile(r"\.ftz|\.approx|\.full|\.sat|^(atom|red|ex2|lg2|sin|cos|tanh|rsqrt)\b")
+
+
+def instructions(ptx: str) -> set[str]:
+    """Every instruction that occurs: of a line that ends in a semicolon the first word, less a predicate."""
+    return {found[1] for line in ptx.splitlines() if (found := re.match(r"\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)+)\s", line)) and ";" in line}
+
+
+def inexact(found: set[str]) -> set[str]:
+    """Those that may give other bits than the CPU, or other bits each time."""
+    floats = {name for name in found if re.search(r"\.f(16|32|64)\b", name) and not name.startswith(("ld.", "st.", "mov."))}
+    return {name for name in found if INEXACT.search(name)} | {name for name in floats if not EXACT.fullmatch(name)}
+
+
+def compiled(source: Path, folder: Path, *flags: str) -> str:
+    """PTX of the oldest architecture: all that a compiler can say without a device."""
+    words = [str(NVCC), *flags, "-ptx", "-arch=compute_80", source, "-o", folder / "out.ptx"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (folder / "out.ptx").read_text()
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_nvcc_takes_every_kernel(tmp_path: Path) -> None:
-    """To PTX of the oldest architecture: all that a compiler can say without a device."""
-    words = [
-        str(NVCC),
-        "-std=c++20",
-        "-fmad=false",
-        "-ptx",
-        "-arch=compute_80",
-        ROOT / "csrc" / "cuda" / "all.cu",
-        "-o",
-        tmp_path / "all.ptx",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ptx = (tmp_path / "all.ptx").read_text()
+def test_nvcc_makes_exact_code_of_every_kernel(tmp_path: Path) -> None:
+    """With the flags that the library is built with: no atomic, no approximation, no flush to zero, no contraction."""
+    asked = subprocess.run(["make", "-s", "--eval=told:;@echo $(NVCC_FLAGS)", "told"], cwd=ROOT, capture_output=True, text=True, check=True)
+    flags = [flag for flag in asked.stdout.split() if flag.startswith(("-std", "-O", "-fmad", "-ftz", "-prec"))]
+    assert "-fmad=false" in flags
+    ptx = compiled(ROOT / "csrc" / "cuda" / "all.cu", tmp_path, *flags)
     assert ptx.count(".entry") > 2 * len(_core.FORMATS)
-    assert "fma.rn.f32" in ptx
-    bodies = re.findall(r"\.entry [^(]*el_silu[^{]*\{(.*?)\n\}", ptx, re.DOTALL)
-    assert bodies
-    assert not any("fma" in body for body in bodies)  # no contraction: the CPU's polynomial has none either
+    found = instructions(ptx)
+    assert inexact(found) == set()
+    assert {"fma.rn.f32", "sqrt.rn.f64", "div.rn.f64", "bar.sync"} <= found
+    assert "fma.rn.f64" not in found  # float64 is never contracted: the CPU's has no fused operation either
+    bodies = re.findall(r"\.entry [^(]*(el_silu|el_mul|rope_kernel)[^{]*\{(.*?)\n\}", ptx, re.DOTALL)
+    assert len(bodies) == 3
+    assert not any("fma" in body for _, body in bodies)
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    ("line", "flags", "seen"),
+    [
+        ("atomicAdd(x, 1.0f);", (), r"(atom|red)\..*f32"),
+        ("*x = __expf(*x);", (), r"ex2\.approx.*"),
+        ("*x = *x / x[1];", ("-ftz=true", "-prec-div=false"), r"div.*(ftz|approx|full).*"),
+        ("*x = *x + x[1];", ("-ftz=true",), r"add\.ftz\.f32"),
+    ],
+)
+def test_inexact_code_would_be_seen(line: str, flags: tuple[str, ...], seen: str, tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text(f"__global__ void kernel(float *x) {{ {line} }}\n")
+    assert any(re.match(seen, name) for name in inexact(instructions(compiled(tmp_path / "k.cu", tmp_path, *flags))))
 
 
 @pytest.fixture

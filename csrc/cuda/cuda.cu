@@ -12,8 +12,6 @@
 
 enum { CUDA_GUARD = 256, CUDA_GUARD_BYTE = 0xA5, CUDA_ALIGN = 256, CUDA_POISON = 0xFF };    /* four bytes of CUDA_POISON are a NaN */
 
-extern const ap_device cuda_device;                     /* device_cuda.cu, or fake.cpp */
-
 struct cuda_store {
     cuda_store *next;
     const ap_model *m;

@@ -47,4 +47,6 @@ typedef struct {
     int (*full)(int code);                              /* whether it means too little memory                                */
     const char *(*error)(int code);
 } ap_device;
+
+extern const ap_device cuda_device;                     /* device_cuda.cu's, or fake.cpp's */
 #endif

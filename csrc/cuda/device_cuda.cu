@@ -1,7 +1,11 @@
 /*
 ** device_cuda.cu: the table of device.h from the CUDA runtime, which is linked in statically.  Each function is one call or a few; nothing is decided here.
+** Host code only: tests have g++ compile it against a runtime of host memory, fake_runtime.cpp.
 */
 #include "device.h"
+extern "C" {
+#include "../base/mem.h"
+}
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <string.h>

@@ -22,7 +22,9 @@
 struct ap_index { unsigned x, y; };
 ap_index threadIdx, blockIdx, gridDim, blockDim = { AP_THREADS, 1 };
 unsigned char *ap_shared;
-extern const ap_device cuda_device;
+#ifndef AP_FAKE_TABLE
+#define AP_FAKE_TABLE cuda_device                       /* fake_runtime.cpp has it stand behind the CUDA runtime instead */
+#endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID = 1, FULL = 2, NO_DEVICE = 100, ILLEGAL = 700, FAILED = 719 };      /* numbers as in the CUDA runtime */
@@ -38,6 +40,7 @@ pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 std::vector<memory> memories;
 std::vector<work> queue;
 size_t total = (size_t)1 << 30, used;
+long handles;                                           /* streams and graphs that are held */
 int devices = 1, lost, reversed, locking, kernels_run;
 std::string complaint;
 
@@ -215,14 +218,14 @@ int fake_launch(const ap_launch *k, void *) {
     queue.push_back({ KERNELS, NULL, NULL, {}, 0, { *k } });
     return OK;
 }
-int fake_stream_new(void **stream) { CALL("stream_new"); *stream = malloc(1); return OK; }
-int fake_stream_free(void *stream) { CALL("stream_free"); free(stream); return OK; }
+int fake_stream_new(void **stream) { CALL("stream_new"); *stream = malloc(1); handles++; return OK; }
+int fake_stream_free(void *stream) { CALL("stream_free"); free(stream); handles--; return OK; }
 int fake_wait(void *) { CALL("wait"); return drain(); }
 int fake_done(void *, int *yes) { CALL("done"); code = drain(); *yes = !code; return code; }
-int fake_graph_new(void **g, const ap_launch *k, int n) { CALL("graph_new"); *g = new graph{ std::vector<ap_launch>(k, k + n) }; return OK; }
+int fake_graph_new(void **g, const ap_launch *k, int n) { CALL("graph_new"); *g = new graph{ std::vector<ap_launch>(k, k + n) }; handles++; return OK; }
 int fake_graph_set(void *g, int i, const ap_launch *k) { CALL("graph_set"); ((graph *)g)->kernels[(size_t)i] = *k; return OK; }
 int fake_graph_run(void *g, void *) { CALL("graph_run"); queue.push_back({ KERNELS, NULL, NULL, {}, 0, ((graph *)g)->kernels }); return OK; }
-int fake_graph_free(void *g) { CALL("graph_free"); delete (graph *)g; return OK; }
+int fake_graph_free(void *g) { CALL("graph_free"); delete (graph *)g; handles--; return OK; }
 int fake_lost(int code) { return code >= ILLEGAL; }
 int fake_full(int code) { return code == FULL; }
 const char *fake_error(int code) {
@@ -271,8 +274,10 @@ EXPORT int ap_fake_scribble(long at, int byte) {
     return was;
 }
 EXPORT size_t ap_fake_live(void) { locked hold; return used; }
+EXPORT long ap_fake_handles(void) { locked hold; return handles; }
 
-const ap_device cuda_device = {
+extern const ap_device AP_FAKE_TABLE;
+const ap_device AP_FAKE_TABLE = {
     "fake", fake_count, fake_select, fake_room, fake_get, fake_release, fake_fill, fake_upload, fake_fetch, fake_move, fake_launch, fake_stream_new, fake_stream_free,
     fake_wait, fake_done, fake_graph_new, fake_graph_set, fake_graph_run, fake_graph_free, fake_lost, fake_full, fake_error,
 };

@@ -322,7 +322,7 @@ def prove(seconds: int, to: Path | None) -> int:
         how = re.search(r"broken promise: .*|runtime error: .*|ERROR: \w+Sanitizer: [\w-]+|ERROR: libFuzzer: .*", done.stderr)
         missed += not done.returncode
         rows.append({"file": name, "right": right, "wrong": wrong, "target": target, "found": bool(done.returncode),
-                     "after": max(tried, default=0), "how": how[0][:160] if how else None})  # fmt: skip
+                     "after": max(tried, default=0), "how": how[0].replace(f"{binary.parent}/", "")[:160] if how else None})  # fmt: skip
         print(f"{target:12} {name:20} {'found' if done.returncode else 'MISSED':7} {rows[-1]['how']}", flush=True)
     if to:
         write_rows(to, rows)

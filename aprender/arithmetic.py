@@ -135,7 +135,8 @@ class Profile:
     band : float
         Largest rms z of a clean stage with this row, the order unknown (measured; ``judge.rule`` applies it).
     validated : bool
-        Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated".
+        Whether clean z and power were measured for the row.  If not, the reports say "arithmetic model not validated", and nothing is
+        emulated: no bit is demanded and I is off; what predicted rounding does not explain is still wrong.
     ggml : Ggml or None
         Activations are rounded as the format of each weight wants, and the recipes are those of ``judge.ggml``.
     accumulator : Format

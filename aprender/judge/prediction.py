@@ -6,6 +6,7 @@ Owns :class:`Operand`, :class:`Setting` and :class:`Prediction`.  Refuses any ar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -120,6 +121,13 @@ class Prediction:
     def bits(self) -> Float:
         """The value of the emulation: replayed bits where there are any, else ``pre`` rounded."""
         return to_format(self.pre, self.format) if self.expected is None else self.expected
+
+    def unproven(self) -> Prediction:
+        """The same for an arithmetic that nobody has measured: nothing is taken as emulated, no bit demanded; variances say what may be left.
+
+        What no operation rounds (a copy) has no variance, and must still be equal.
+        """
+        return dataclasses.replace(self, pre=self.plain, sigma2=self.variance, certain=False, expected=None)
 
     def operand(self) -> Operand:
         """The stage as an input of the next, where it was not captured."""

@@ -295,6 +295,7 @@ class Replay:
             captured=captured,
         )
         made = self.changes.get(key, self.recipes[op])(setting, operands)
+        made = made if self.profile.validated else made.unproven()
         return dataclasses.replace(made, shared=made.shared or any(o.variance is not None for o in operands)), (*spans, *inside)
 
     def read(self, key: Key, which: str = "out", last: bool = False) -> Operand:

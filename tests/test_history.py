@@ -23,7 +23,7 @@ from aprender.errors import ArgumentError
 from aprender.judge.verdict import StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.pieces import Piece, cuts, part, whole
-from aprender.sides import own
+from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
 
 IDS = (3, 14, 15, 92, 65, 35, 89, 79, 32)
@@ -94,7 +94,7 @@ FAULTS: dict[Callable[[np.ndarray], np.ndarray], str] = {
 
 def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, stage: str, fault: Callable[[np.ndarray], np.ndarray]) -> OwnSide:
     """Our engine with a fault in the cache of layer 1, in all pieces but the first."""
-    monkeypatch.setitem(own.VALUES, "test", lambda value, edit, size, table: fault(value))  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", lambda value, edit, size, table: fault(value))  # type: ignore[arg-type]
     return OwnSide(folder, edits=[{"target": "value", "stage": stage, "layer": 1, "transform": "test", "when": "decode"}])
 
 
@@ -151,7 +151,7 @@ def test_a_slot_that_was_wrong_once_is_named_though_it_is_right_at_the_end(
     def change(value: np.ndarray, edit: Any, size: Any, table: np.ndarray) -> np.ndarray:
         return stale(value) if next(count) == piece else repaired(value)
 
-    monkeypatch.setitem(own.VALUES, "test", change)  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", change)  # type: ignore[arg-type]
     side = OwnSide(folder, edits=[{"target": "value", "stage": stage, "layer": 1, "transform": "test", "when": "decode"}])
     captures = side.capture_pieces(IDS, DECODE)
     assert np.array_equal(captures[stage, 1][:4], kept[:4])

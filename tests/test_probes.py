@@ -22,7 +22,7 @@ from aprender import arithmetic, bisect, bisection, probes, stages
 from aprender.captures import Captures
 from aprender.errors import ArgumentError, UnknownName
 from aprender.probes import runs
-from aprender.sides import own
+from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
 from aprender.stages import LOGITS
 
@@ -588,7 +588,7 @@ def test_a_slot_among_thousands(roomy: Path, monkeypatch: pytest.MonkeyPatch) ->
         out[1500:1501] = out[1499:1500]
         return out
 
-    monkeypatch.setitem(own.VALUES, "test", change)  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", change)  # type: ignore[arg-type]
     side = OwnSide(roomy, edits=[{"target": "value", "stage": "v_cache", "layer": 0, "transform": "test", "when": "decode"}])
     report = hunt(side, ("long", "decode", "keys"))
     assert {name for name, state in states(report).items() if state == "divergence"} == {"keys"}

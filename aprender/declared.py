@@ -2,7 +2,7 @@
 
 Owns the choice (:func:`settle`) and the sentences of finding ``undeclared_arithmetic`` for a whole side.  Refuses to choose for a stage,
 and to doubt a declaration that operations bear out: a side is asked what else it may be only if most kinds of operations are wrong wherever
-they occur, or most stages hold numbers that the declared format does not have.  Called by ``bisection`` for each side.
+they occur, or most stages hold numbers that the declared format does not have.  Called by ``judgement`` for each side.
 """
 
 from __future__ import annotations

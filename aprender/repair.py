@@ -2,7 +2,7 @@
 
 Owns which value is repaired (the first stage with an element that is not finite where the replay on its own inputs has a number), the
 second run, and one list of results out of both.  Refuses to repair what the declared arithmetic itself makes infinite, and a side that
-cannot be given values (``capture_fed``): its results stay as they are.  Called by ``bisection``.
+cannot be given values (``capture_fed``): its results stay as they are.  Called by ``judgement``.
 """
 
 from __future__ import annotations

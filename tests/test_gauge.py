@@ -21,9 +21,11 @@ from conftest import CANARY, PROMPT, write_folder
 from hf_like import FORMATS, capture, model, profile, rounded, run
 
 from aprender import bisection
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.judge import faults, verdict, witness
 from aprender.judge.verdict import HEALS, NOT_COMPARABLE, WRONG, StageResult
+from aprender.judgement import Hunt
 from aprender.manifest import HALVES
 from aprender.references import WitnessSide
 from aprender.sides.own import OwnSide
@@ -44,7 +46,7 @@ def states(results: list[StageResult], state: str) -> set[Key]:
 
 def hunted(path: Path, ids: tuple[int, ...], edits: Any) -> bisection.Report:
     side = OwnSide(path, edits=edits)
-    return bisection.hunt(bisection.Hunt(side, WitnessSide(OwnSide(path), "witness")), bisection.Ask(ids=ids), answer=0)
+    return bisection.hunt(Hunt(side, WitnessSide(OwnSide(path), "witness")), Ask(ids=ids), answer=0)
 
 
 def turned(stage: str, layer: int | None, value: int) -> dict[str, Any]:

@@ -18,10 +18,12 @@ import tiny
 from conftest import write_folder
 
 from aprender import bisection, stages
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import ArgumentError
 from aprender.judge.verdict import StageResult, local
 from aprender.judge.witness import ModelData
+from aprender.judgement import Hunt
 from aprender.pieces import Piece, cuts, part, whole
 from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
@@ -171,8 +173,8 @@ def test_without_its_pieces_the_attention_would_be_accused(folder: Path, monkeyp
 def test_the_probe_names_the_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt alone agrees: it is run in one piece."""
     side = planted(monkeypatch, folder, "v_cache", stale)
-    assert bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=IDS), answer=0).verdict == "agree"
-    report = bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=IDS), answer=0, probes=("short", "decode"))
+    assert bisection.hunt(Hunt(side), Ask(ids=IDS), answer=0).verdict == "agree"
+    report = bisection.hunt(Hunt(side), Ask(ids=IDS), answer=0, probes=("short", "decode"))
     assert report.first is not None
     assert report.first.key == ("v_cache", 1)
     assert report.sentence.startswith("Probe decode (a prompt, then token by token): v_cache of layer 1")

@@ -19,8 +19,10 @@ from conftest import CANARY, PROMPT, write_folder
 
 import aprender
 from aprender import arithmetic, bisect, bisection, probes, stages
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import ArgumentError, UnknownName
+from aprender.judgement import Hunt
 from aprender.probes import runs
 from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hunt(side: Any, names: Sequence[str] = (), ids: Sequence[int] = IDS) -> bisection.Report:
-    return bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=tuple(ids)), answer=0, probes=names)
+    return bisection.hunt(Hunt(side), Ask(ids=tuple(ids)), answer=0, probes=names)
 
 
 def states(report: bisection.Report) -> dict[str, str]:

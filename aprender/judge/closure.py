@@ -1,7 +1,7 @@
 """Closure: whether the free run of a side differs from the float64 run on its own weights by no more than propagated rounding noise.
 
 Owns the statistic, its limit, and what follows for the states.  Refuses to accuse an operation: what it sees has come from anywhere
-upstream.  It is for what the local test cannot see, a stage that was not measured.  Called by ``bisection``.
+upstream.  It is for what the local test cannot see, a stage that was not measured.  Called by ``judgement``.
 
 With S and R the free values of subject and reference, W_s and W_r the float64 witness run freely on each side's weights,
 

@@ -1,7 +1,7 @@
 """The verdict: every stage of a side judged on its own inputs, and what follows for the comparison of two sides.
 
 Owns :func:`local` (states per stage), :func:`decide` (first wrong operation, finding, sentence) and :class:`Verdict` with the JSON that
-scripts rely on.  Refuses to run a side or to read a file.  Called by ``aprender.bisection``.
+scripts rely on.  Refuses to run a side or to read a file.  Called by ``aprender.judgement``.
 
 A stage is ``exact`` (captured equals the emulation of the declared arithmetic bit for bit), ``noise`` (what is left is what that arithmetic
 leaves), ``wrong``, ``inherited`` (right on its own inputs, but they depend on something wrong), ``heals`` (off, and equal up to a gauge:

@@ -16,9 +16,10 @@ from aprender import arithmetic, stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.judge.inference import infer
+from aprender.judge.local import WRONG, StageResult, local
 from aprender.judge.rounding import to_format
 from aprender.judge.roundings import UNDECLARED
-from aprender.judge.verdict import WRONG, StageResult, Verdict, local
+from aprender.judge.verdict import Verdict
 from aprender.judge.witness import ModelData
 
 AUTO = "auto"

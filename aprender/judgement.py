@@ -18,8 +18,9 @@ from aprender.captures import Captures, check_contract
 from aprender.declared import AUTO, led, settle
 from aprender.errors import Error
 from aprender.judge import closure, loaded, metrics, passes, witness
+from aprender.judge.local import StageResult
 from aprender.judge.parts import Parts, decompose
-from aprender.judge.verdict import Party, StageResult, Verdict, decide
+from aprender.judge.verdict import Party, Verdict, decide
 from aprender.manifest import HELD
 from aprender.references import candidates, file_of, weights_of
 from aprender.sides.own import OwnSide

@@ -23,9 +23,9 @@ from aprender.captures import Captures
 from aprender.errors import NotComparable
 from aprender.judge import faults, witness
 from aprender.judge.faults import AGREE, CONTROLS, FAULTS, HEALS, REFUSED, FaultRow
+from aprender.judge.local import local
 from aprender.judge.replay import wiring
 from aprender.judge.rounding import variance
-from aprender.judge.verdict import local
 from aprender.judgement import Hunt
 from aprender.references import WitnessSide
 from aprender.sides.own import OwnSide

@@ -22,7 +22,8 @@ from aprender.asking import Ask
 from aprender.captures import Captures, open_captures, save
 from aprender.judge import budget, closure, ggml, parts, passes, witness
 from aprender.judge.closure import Closed, Closure
-from aprender.judge.verdict import Party, Verdict, decide, local
+from aprender.judge.local import local
+from aprender.judge.verdict import Party, Verdict, decide
 from aprender.references import candidates, weights_of
 from aprender.sides.llamacpp import LlamaCppSide
 from aprender.sides.own import OwnSide

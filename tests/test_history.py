@@ -21,7 +21,7 @@ from aprender import bisection, stages
 from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import ArgumentError
-from aprender.judge.verdict import StageResult, local
+from aprender.judge.local import StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.judgement import Hunt
 from aprender.pieces import Piece, cuts, part, whole

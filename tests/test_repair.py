@@ -19,7 +19,7 @@ import aprender
 from aprender import bisect, bisection, repair
 from aprender.asking import Ask
 from aprender.captures import Captures
-from aprender.judge.verdict import StageResult, local
+from aprender.judge.local import StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.sides.own import OwnSide
 from aprender.stages import Key

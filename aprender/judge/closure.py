@@ -42,11 +42,12 @@ from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.judge import budget, witness
 from aprender.judge.budget import Plan
+from aprender.judge.local import EXACT, HEALS, INHERITED, NOISE, NOT_COMPARABLE, StageResult
 from aprender.judge.noise import FUSED
 from aprender.judge.passes import Free, Passes
 from aprender.judge.replay import Replay, Unlike, Unmeasured
 from aprender.judge.rule import Gates, Rule
-from aprender.judge.verdict import EXACT, HEALS, INHERITED, NOISE, NOT_COMPARABLE, Party, StageResult, Verdict
+from aprender.judge.verdict import Party, Verdict
 from aprender.judge.witness import Float, ModelData
 from aprender.stages import Key
 

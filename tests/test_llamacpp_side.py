@@ -567,8 +567,8 @@ def test_a_graph_without_a_node_is_refused(save: Callable[..., Path], monkeypatc
     side = LlamaCppSide(save(SHAPES[0], "F32"))
     script = (
         "import sys\n"
-        "from aprender.sides import llamacpp_worker as worker\n"
-        "worker.Sites.find = lambda self, op, name, sources: None\n"
+        "from aprender.sides import llamacpp_record, llamacpp_worker as worker\n"
+        "llamacpp_record.Sites.find = lambda self, op, name, sources: None\n"
         "worker.main(sys.stdin, sys.stdout)\n"
     )
     run_worker = subprocess.Popen

@@ -111,7 +111,7 @@ def parse_profiles(text: str | None) -> dict[str, str]:
 
 def _questions(args: argparse.Namespace) -> list[Any]:
     """The asks of a command line, in order."""
-    from aprender.bisection import Ask
+    from aprender.asking import Ask
 
     given = [name for name in ("prompt", "prompt_ids", "prompts") if getattr(args, name) is not None]
     if len(given) > 1:

@@ -2,7 +2,7 @@
 
 Owns the choice (:func:`settle`) and the sentences of finding ``undeclared_arithmetic`` for a whole side.  Refuses to choose for a stage,
 and to doubt a declaration that operations bear out: a side is asked what else it may be only if most kinds of operations are wrong wherever
-they occur, or most stages hold numbers that the declared format does not have.  Called by ``bisection`` for each side.
+they occur, or most stages hold numbers that the declared format does not have.  Called by ``judgement`` for each side.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from aprender import arithmetic, stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.judge.inference import infer
+from aprender.judge.local import WRONG, StageResult, local
 from aprender.judge.rounding import to_format
 from aprender.judge.roundings import UNDECLARED
-from aprender.judge.verdict import WRONG, StageResult, Verdict, local
+from aprender.judge.verdict import Verdict
 from aprender.judge.witness import ModelData
 
 AUTO = "auto"

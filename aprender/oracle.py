@@ -100,7 +100,7 @@ def record(
     ArgumentError
         An empty prompt, an id outside the vocabulary, or a selection that keeps nothing.
     """
-    from aprender.bisection import PROMPT
+    from aprender.asking import PROMPT
     from aprender.captures import Captures
     from aprender.errors import CannotRun
     from aprender.sides import open_hf

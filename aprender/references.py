@@ -1,7 +1,8 @@
 """What a subject can be held against when no engine is named: the witness, or stages recorded beside its model.
 
 Owns :class:`WitnessSide`, the search for a recording that belongs to a model and to just these ids, and the search for the weights that a
-recording was made from.  Refuses to guess: a recording counts only if a digest names its model.  Called by ``bisection``.
+recording was made from.  Refuses to guess: a recording counts only if a digest names its model.  Called by ``bisection`` and
+``judgement``.
 """
 
 from __future__ import annotations

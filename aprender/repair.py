@@ -2,7 +2,7 @@
 
 Owns which value is repaired (the first stage with an element that is not finite where the replay on its own inputs has a number), the
 second run, and one list of results out of both.  Refuses to repair what the declared arithmetic itself makes infinite, and a side that
-cannot be given values (``capture_fed``): its results stay as they are.  Called by ``bisection``.
+cannot be given values (``capture_fed``): its results stay as they are.  Called by ``judgement``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from aprender import stages
 from aprender.arithmetic import Profile
 from aprender.captures import Array, Captures
+from aprender.judge.local import StageResult, inherited, local
 from aprender.judge.replay import Replay, Unlike, Unmeasured
-from aprender.judge.verdict import StageResult, inherited, local
 from aprender.judge.witness import ModelData
 from aprender.stages import Key
 
@@ -36,7 +36,7 @@ def judged(
         Of one of its runs, from position 0.
     model : ModelData or None
     profile : Profile
-        As for :func:`~aprender.judge.verdict.local`.
+        As for :func:`~aprender.judge.local.local`.
     results : sequence of StageResult, optional
         What that has found already.
     """

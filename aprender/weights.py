@@ -291,8 +291,9 @@ def _figures(found: Found) -> dict[str, Any]:
     from math import sqrt
 
     from aprender.judge import weighing
+    from aprender.judge.tally import Tally
 
-    tally = found.tally or weighing.Tally()
+    tally = found.tally or Tally()
     scale = sqrt(tally.aa * tally.bb)
     return {
         "n": tally.n, "differing": tally.differing, "zero_signs": tally.zero_signs, "nan_a": tally.nan[0], "nan_b": tally.nan[1],
@@ -314,6 +315,7 @@ def _cos_distance(tally: Any) -> float:
 def _in_words(a: Tensor, b: Tensor, found: Found) -> str:
     """What a difference is, in a line."""
     from aprender.judge import weighing
+    from aprender.judge.tally import A_TO_B, B_TO_A, BOTH
 
     tally = found.tally
     if found.text or tally is None or found.state in weighing.SAME:
@@ -326,9 +328,9 @@ def _in_words(a: Tensor, b: Tensor, found: Found) -> str:
         return ", ".join(parts)
     if found.state == weighing.ROUNDED:
         word = {
-            weighing.A_TO_B: f"B is A in {b.name}",
-            weighing.B_TO_A: f"A is B in {a.name}",
-            weighing.BOTH: f"{a.name} and {b.name} of the same",
+            A_TO_B: f"B is A in {b.name}",
+            B_TO_A: f"A is B in {a.name}",
+            BOTH: f"{a.name} and {b.name} of the same",
         }
         loose = (
             f", {tally.loose[found.kind]:,} beyond, as an importance matrix leaves them"
@@ -339,7 +341,7 @@ def _in_words(a: Tensor, b: Tensor, found: Found) -> str:
     here = weighing.place(a, b, found)
     assert here is not None
     steps = f", {here['steps']:.3g} steps" if isinstance(here["steps"], float) else ""
-    block = f" (block {here['block']}, element {here['element']})" if (a.block if found.kind == weighing.B_TO_A else b.block) > 1 else ""
+    block = f" (block {here['block']}, element {here['element']})" if (a.block if found.kind == B_TO_A else b.block) > 1 else ""
     many = f"{found.count:,} of {tally.n:,} values" if found.count > 1 else "one value"
     values = " against ".join(f"{value:.9g}" if isinstance(value, float) else str(value) for value in (here["a"], here["b"]))
     return f"{many}, the first in row {here['row']}, column {here['column']}{block}: {values}{steps}"

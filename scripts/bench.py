@@ -238,7 +238,8 @@ def _memory(call: Callable[[], object]) -> int:
 CHILD = """
 import json, resource, sys, time
 from aprender.captures import open_captures
-from aprender.judge import closure, verdict, witness
+from aprender.judge import closure, witness
+from aprender.judge.local import local
 from aprender.judge.witness import ModelData
 from aprender.sides import open_side
 
@@ -254,11 +255,11 @@ side = open_side(sys.argv[1])
 ids = list(range(3, 3 + int(sys.argv[2])))
 captures = side.capture(ids)
 model = ModelData(**side.model_data())
-results, *local = timed(lambda: verdict.local(captures, model, side.profile))
+results, *alone = timed(lambda: local(captures, model, side.profile))
 free = witness.forward(model, ids)
 closed, *rest = timed(lambda: closure.closure(captures, model, side.profile, free, results, forced=True))
 states = sorted({r.state for r in results})
-print(json.dumps([states, local, closed.plan.draws, all(row.holds for row in closed.rows), rest]))
+print(json.dumps([states, alone, closed.plan.draws, all(row.holds for row in closed.rows), rest]))
 """
 
 

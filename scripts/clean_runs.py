@@ -4,7 +4,7 @@
 Hugging Face in three dtypes, llama.cpp in several formats), judges each run twice (stage by stage, and the free run against propagated
 noise) and appends one line per run to ``evidence/clean-runs/runs.jsonl``; the table beside it is made from the lines.  ``--resume`` leaves
 out what is there already, ``--share 0.02`` takes about every fiftieth run, ``--only hf canary`` those whose engine or kind of model has
-such a name.  Refuses to call anything wrong itself: the judgement is ``judge.verdict`` and ``judge.closure``.
+such a name.  Refuses to call anything wrong itself: the judgement is ``judge.local`` and ``judge.closure``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from make_evidence import environment
 from aprender import _core, arithmetic, stages
 from aprender.captures import Captures
 from aprender.errors import CannotRun
-from aprender.judge import closure, verdict, witness
-from aprender.judge.verdict import StageResult
+from aprender.judge import closure, witness
+from aprender.judge.local import EXACT, NOT_COMPARABLE, WRONG, StageResult, local
 from aprender.judge.witness import ModelData
 
 FOLDER = ROOT / "evidence" / "clean-runs"
@@ -168,7 +168,7 @@ class Batch:
 def judge(side: Any, model: ModelData, ids: Sequence[int]) -> dict[str, Any]:
     """Judge one run, as a record."""
     captures = side.capture(ids)
-    results = verdict.local(captures, model, side.profile)
+    results = local(captures, model, side.profile)
     closed = closure.closure(captures, model, side.profile, witness.forward(model, ids), results)
     return {"profile": side.profile.name, "tokens": len(ids), **figures(captures, results), **closing(closed.rows)}
 
@@ -176,14 +176,14 @@ def judge(side: Any, model: ModelData, ids: Sequence[int]) -> dict[str, Any]:
 def figures(captures: Captures, results: Sequence[StageResult]) -> dict[str, Any]:
     """What the local judgement came to: alarms, and for each family of tests the stage that was nearest to its gate."""
     measured = [r for r in results if r.measured]
-    bad = [r for r in results if r.state in (verdict.WRONG, verdict.NOT_COMPARABLE)]
+    bad = [r for r in results if r.state in (WRONG, NOT_COMPARABLE)]
     alarms = [f"{stages.spell(r.key)}: {r.reason}" for r in bad]
     if captures.manifest.attestation is False:
         alarms.append("logits differ when nothing is captured")
     out: dict[str, Any] = {
         "stages": len(measured),
         "elements": sum(r.n for r in measured),
-        "exact": sum(r.state == verdict.EXACT for r in measured),
+        "exact": sum(r.state == EXACT for r in measured),
         "overflowed": sum(r.overflowed for r in results),
         "unmeasured": sorted({r.stage for r in results if not r.measured and r not in bad}),
         "alarms": alarms,
@@ -192,7 +192,7 @@ def figures(captures: Captures, results: Sequence[StageResult]) -> dict[str, Any
         worst = max(measured, key=lambda r: getattr(r.margin, family), default=None)
         share = getattr(worst.margin, family) if worst else 0.0
         out[family] = [round(share, 4), stages.spell(worst.key)] if worst and share > 0 else None
-    z = [(r.z_rms, stages.spell(r.key)) for r in measured if r.z_rms is not None and r.n >= FEWEST and r.state != verdict.EXACT]
+    z = [(r.z_rms, stages.spell(r.key)) for r in measured if r.z_rms is not None and r.n >= FEWEST and r.state != EXACT]
     out["z"] = [[round(value, 4), key] for value, key in (min(z), max(z))] if z else None
     return out
 

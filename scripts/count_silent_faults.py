@@ -13,8 +13,10 @@ from make_evidence import ROOT, environment
 
 import aprender
 from aprender import stages
-from aprender.bisection import Ask, Hunt, hunt
+from aprender.asking import Ask
+from aprender.bisection import hunt
 from aprender.judge import faults
+from aprender.judgement import Hunt
 from aprender.references import WitnessSide
 from aprender.sides.own import OwnSide
 

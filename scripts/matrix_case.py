@@ -28,11 +28,11 @@ from aprender import stages
 from aprender.arithmetic import Profile
 from aprender.captures import Captures, check_contract, view
 from aprender.errors import NotComparable
-from aprender.judge import faults, verdict
+from aprender.judge import faults, local
 from aprender.judge.diagnose import Diagnosis
+from aprender.judge.local import StageResult
 from aprender.judge.replay import Replay, ancestors, wiring
 from aprender.judge.rule import Rule
-from aprender.judge.verdict import StageResult
 from aprender.judge.witness import Float, ModelData
 from aprender.manifest import DERIVED
 from aprender.stages import Key
@@ -146,11 +146,11 @@ class Bench:
     ) -> None:
         self.clean, self.model, self.profile, self.whole = captures, model, profile, whole
         self.reference = reference or {}
-        self.results = verdict.local(captures, model, profile)
+        self.results = local.local(captures, model, profile)
         self.wires = wiring(model.flags, int(model.hparams["layers"]))
         self._before = ancestors(self.wires)
         self._replay = Replay.of(captures, model, profile.with_order(captures.manifest.arithmetic))
-        self._gates = verdict._gates(self._replay, Rule())
+        self._gates = local._gates(self._replay, Rule())
         self._forecasts: dict[tuple[Key, Key], Forecast] = {}
 
     @property
@@ -201,16 +201,16 @@ class Bench:
     def _local(self, captures: Captures) -> list[StageResult]:
         """Every stage judged; one of which neither the value nor an input changed a bit is what it was."""
         known = {} if self.whole else {r.key: r for r in self.results if self._as_it_was(captures, r.key)}
-        judge = verdict._judge
+        judge = local._judge
 
         def remembered(replay: Any, key: Key, *rule: Any) -> StageResult:
             return known[key] if key in known else judge(replay, key, *rule)
 
-        verdict._judge = remembered
+        local._judge = remembered
         try:
-            return verdict.local(captures, self.model, self.profile)
+            return local.local(captures, self.model, self.profile)
         finally:
-            verdict._judge = judge
+            local._judge = judge
 
     def _as_it_was(self, captures: Captures, key: Key) -> bool:
         """Whether a stage, all that it was judged on and all that is known of it are the untouched run's."""
@@ -249,7 +249,7 @@ def _seen(captures: Captures, key: Key) -> NDArray[np.float32]:
 
 def _judged(results: Sequence[StageResult]) -> Judged:
     """What a list of results says."""
-    wrong = [r for r in results if r.state == verdict.WRONG]
+    wrong = [r for r in results if r.state == local.WRONG]
     return Judged(wrong, wrong[0].diagnosis if wrong else None)
 
 

@@ -22,7 +22,7 @@ from make_evidence import ROOT, environment
 import aprender
 from aprender import arithmetic, stages
 from aprender.errors import CannotRun
-from aprender.judge import verdict
+from aprender.judge.local import WRONG, StageResult, _gates, local
 from aprender.judge.measure import measure
 from aprender.judge.replay import Replay
 from aprender.judge.rounding import to_format
@@ -86,10 +86,10 @@ def smallest_caught(replay: Replay, key: stages.Key, gates: Any, band: float, ro
     return None
 
 
-def clean(side: Any, model: ModelData) -> Iterator[list[verdict.StageResult]]:
+def clean(side: Any, model: ModelData) -> Iterator[list[StageResult]]:
     """What the judge finds in every prompt."""
     for text in PROMPTS:
-        yield verdict.local(side.capture(side.tokenizer().encode(text)), model, side.profile)
+        yield local(side.capture(side.tokenizer().encode(text)), model, side.profile)
 
 
 def rows_of(name: str, side: Any) -> Iterator[dict[str, Any]]:
@@ -99,7 +99,7 @@ def rows_of(name: str, side: Any) -> Iterator[dict[str, Any]]:
     captures = side.capture(side.tokenizer().encode(PROMPTS[0]))
     profile = side.profile.with_order(captures.manifest.arithmetic)
     replay = Replay.of(captures, model, profile)
-    gates = verdict._gates(replay, Rule())
+    gates = _gates(replay, Rule())
     for result in runs[0]:
         if not result.measured or result.layer not in (None, LAYER):
             continue
@@ -111,7 +111,7 @@ def rows_of(name: str, side: Any) -> Iterator[dict[str, Any]]:
             "layer": result.layer,
             "stage": result.stage,
             "judged": len(alike),
-            "wrong": sum(r.state == verdict.WRONG for r in alike),
+            "wrong": sum(r.state == WRONG for r in alike),
             "n": sum(r.n for r in alike),
             "z_rms": [min(z), max(z)] if z else None,
             "z_max": max((r.z_max for r in alike if r.z_max is not None), default=None),

@@ -18,8 +18,10 @@ from conftest import CANARY, PROMPT, write_folder
 
 import aprender
 from aprender import bisect, bisection
+from aprender.asking import Ask
 from aprender.captures import Captures, save
 from aprender.errors import CannotRun, NotComparable
+from aprender.judgement import Hunt
 from aprender.sides.own import OwnSide
 
 NUMBER = {"type": ["number", "null"]}
@@ -143,7 +145,7 @@ def test_every_fault_at_every_site_is_named_there(container: str) -> None:
     invisible = []
     for fault, site in _sites():
         opened = bisection.open_hunt(subject, "witness", f"{fault}@{site}")
-        report = bisection.hunt(opened, bisection.Ask(ids=PROMPT), answer=0)
+        report = bisection.hunt(opened, Ask(ids=PROMPT), answer=0)
         stage, layer = (site, None) if "." not in site else (site.split(".")[1], int(site.split(".")[0]))
         assert report.subject is not None
         if np.array_equal(report.subject[stage, layer], clean[stage, layer]):
@@ -197,7 +199,7 @@ def test_twenty_clean_prompts_agree(tmp_path: Path, capsys: pytest.CaptureFixtur
     opened = bisection.open_hunt()
     lengths = set()
     for text in QUESTIONS:
-        report = bisection.hunt(opened, bisection.Ask(prompt=text), answer=0)
+        report = bisection.hunt(opened, Ask(prompt=text), answer=0)
         lengths.add(len(report.judged.tokens))
         assert report.exit_code == 0, f"{text!r}: {report.sentence}"
     assert min(lengths) == 1
@@ -279,14 +281,14 @@ class Respelled:
 
 
 def test_different_tokens_for_one_text_are_a_finding() -> None:
-    opened = bisection.Hunt(OwnSide(CANARY / "canary.gguf"), Respelled())
-    report = bisection.hunt(opened, bisection.Ask(prompt="What is 2+2?"))
+    opened = Hunt(OwnSide(CANARY / "canary.gguf"), Respelled())
+    report = bisection.hunt(opened, Ask(prompt="What is 2+2?"))
     assert (report.exit_code, report.judged.finding) == (1, "tokens")
     assert "position 0" in report.sentence
     assert "261" in report.sentence
     assert "637" in report.sentence
     jsonschema.validate(report.to_json(), SCHEMA)
-    forced = bisection.hunt(opened, bisection.Ask(prompt="What is 2+2?", same_ids=True), answer=0)
+    forced = bisection.hunt(opened, Ask(prompt="What is 2+2?", same_ids=True), answer=0)
     assert (forced.exit_code, forced.judged.tokens) == (0, (637, *PROMPT))
 
 
@@ -375,6 +377,6 @@ def test_bad_input_is_one_line_and_the_right_code(capsys: pytest.CaptureFixture[
 def test_a_profile_that_does_not_fit_is_not_silently_accepted() -> None:
     """Must catch: FP16 stages judged as if they were float32 are far outside float32 noise."""
     opened = bisection.open_hunt(f"saved:{CANARY / 'stages-float16'}", f"witness:{CANARY}", profiles={"subject": "hf-f32"})
-    assert bisection.hunt(opened, bisection.Ask(), answer=0).exit_code == 1
+    assert bisection.hunt(opened, Ask(), answer=0).exit_code == 1
     opened = bisection.open_hunt(f"saved:{CANARY / 'stages-float16'}", f"witness:{CANARY}")
-    assert bisection.hunt(opened, bisection.Ask(), answer=0).exit_code == 0
+    assert bisection.hunt(opened, Ask(), answer=0).exit_code == 0

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from aprender import bisect, bisection, stages
 from aprender.arithmetic import F32
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import NotComparable
 from aprender.judge import faults, witness
 from aprender.judge.faults import AGREE, CONTROLS, FAULTS, HEALS, REFUSED, FaultRow
+from aprender.judge.local import local
 from aprender.judge.replay import wiring
 from aprender.judge.rounding import variance
-from aprender.judge.verdict import local
+from aprender.judgement import Hunt
 from aprender.references import WitnessSide
 from aprender.sides.own import OwnSide
 from aprender.stages import Key
@@ -359,8 +361,8 @@ def test_every_row_fits_some_model(benches: Mapping[Any, Bench]) -> None:
 def test_controls_raise_no_alarm(benches: Mapping[Any, Bench], name: str) -> None:
     bench, row = benches["qwen2", "F32"], CONTROLS[name]
     for key in bench.sites(row):
-        hunt = bisection.Hunt(bench.planted(row, key), WitnessSide(bench.side, "witness"))
-        ask = bisection.Ask(ids=tuple(bench.ids))
+        hunt = Hunt(bench.planted(row, key), WitnessSide(bench.side, "witness"))
+        ask = Ask(ids=tuple(bench.ids))
         if row.expect == REFUSED:
             with pytest.raises(NotComparable):
                 bisection.hunt(hunt, ask, answer=0)

@@ -18,10 +18,12 @@ from hf_like import FORMATS, Plant, capture, model
 
 import aprender
 from aprender import arithmetic, bisection, stages
+from aprender.asking import Ask
 from aprender.captures import Captures, open_captures, save
 from aprender.judge import budget, closure, ggml, parts, passes, witness
 from aprender.judge.closure import Closed, Closure
-from aprender.judge.verdict import Party, Verdict, decide, local
+from aprender.judge.local import local
+from aprender.judge.verdict import Party, Verdict, decide
 from aprender.references import candidates, weights_of
 from aprender.sides.llamacpp import LlamaCppSide
 from aprender.sides.own import OwnSide
@@ -176,7 +178,7 @@ def recorded(folder: Path, shift: float, names: Sequence[str] = ()) -> str:
 @pytest.mark.parametrize(("shift", "code", "finding"), [(0.0, 0, None), (1e-3, 1, "unexplained")])
 def test_a_recording_whose_logits_nobody_can_judge(shift: float, code: int, finding: str | None, tmp_path: Path) -> None:
     opened = bisection.open_hunt(recorded(tmp_path, shift), f"witness:{CANARY}")
-    report = bisection.hunt(opened, bisection.Ask(ids=PROMPT), answer=0)
+    report = bisection.hunt(opened, Ask(ids=PROMPT), answer=0)
     assert (report.exit_code, report.judged.finding) == (code, finding)
     assert not report.judged.wrong
     if finding:

@@ -406,11 +406,10 @@ def test_trace_counts_what_is_not_finite(
 
 
 def own_transforms() -> dict[str, Any]:
-    from aprender.sides import own
+    from aprender.sides.edits import TRANSFORMS
 
-    transforms = own.TRANSFORMS
-    assert isinstance(transforms, dict)
-    return transforms
+    assert isinstance(TRANSFORMS, dict)
+    return TRANSFORMS
 
 
 def test_trace_says_when_capturing_changes_the_logits(

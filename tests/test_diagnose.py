@@ -21,9 +21,10 @@ from hf_like import FORMATS, capture, model, profile, rounded, run
 
 import aprender
 from aprender import arithmetic
-from aprender.judge import faults, verdict, witness
+from aprender.judge import faults, witness
 from aprender.judge.diagnose import UNKNOWN, Diagnosis
 from aprender.judge.fits import FITTED, SEARCHED
+from aprender.judge.local import WRONG, local
 from aprender.manifest import CAPTURED, DERIVED
 from aprender.report.terminal import console, render
 from aprender.sides.own import OwnSide
@@ -39,7 +40,7 @@ F32 = np.float32
 @pytest.fixture(autouse=True)
 def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is what is found, on however slow a machine."""
-    monkeypatch.setattr(verdict, "BUDGET", 300.0)
+    monkeypatch.setattr("aprender.judge.local.BUDGET", 300.0)
 
 
 # ---- the catalogue, planted in our own engine ------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def planted(path: Path, ids: tuple[int, ...], name: str, key: tuple[str, int | N
     spelled = key[0] if key[1] is None else f"{key[1]}.{key[0]}"
     edits = faults.plant(f"{name}@{spelled}", data["flags"], data["hparams"]).edits
     captures = OwnSide(path, edits=edits).capture(ids)
-    found = [r for r in verdict.local(captures, witness.ModelData(**data), arithmetic.profile("exact")) if r.state == verdict.WRONG]
+    found = [r for r in local(captures, witness.ModelData(**data), arithmetic.profile("exact")) if r.state == WRONG]
     assert all(r.key == key for r in found)
     return found[0].diagnosis if found else None
 
@@ -217,7 +218,7 @@ def found_in(bug: Bug, stage: str, value: Any) -> Diagnosis:
     key = (stage, None if (stage, None) in bug.v else 0)
     scores = DERIVED if stage == "attn_softmax" else CAPTURED
     captures = capture(QWEN2, IDS, bug.fmt, lambda s, i, right: value if (s, i) == key else right, scores=scores)
-    found = [r for r in verdict.local(captures, QWEN2, profile(bug.fmt)) if r.state == verdict.WRONG]
+    found = [r for r in local(captures, QWEN2, profile(bug.fmt)) if r.state == WRONG]
     assert found[0].key == key
     assert found[0].diagnosis is not None
     return found[0].diagnosis
@@ -307,7 +308,7 @@ def test_one_token_cannot_tell_an_epsilon_from_a_scale(fmt: str) -> None:
         return rounded(x * r, fmt) * QWEN2.weights["attn_norm", 0] if (stage, layer) == ("attn_norm", 0) else value
 
     for tokens, ties in ((1, ("free-scale",)), (len(IDS), ())):
-        found = [r for r in verdict.local(capture(QWEN2, IDS[:tokens], fmt, planted), QWEN2, profile(fmt)) if r.state == verdict.WRONG]
+        found = [r for r in local(capture(QWEN2, IDS[:tokens], fmt, planted), QWEN2, profile(fmt)) if r.state == WRONG]
         assert [r.key for r in found] == [("attn_norm", 0)]
         assert found[0].diagnosis is not None
         assert (found[0].diagnosis.kind, found[0].diagnosis.ties) == ("eps", ties)
@@ -351,9 +352,9 @@ def test_clean_runs_are_not_diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("a clean run was diagnosed")
 
-    monkeypatch.setattr(verdict, "diagnose", never)
+    monkeypatch.setattr("aprender.judge.local.diagnose", never)
     for fmt in FORMATS:
-        found = verdict.local(capture(QWEN2, IDS, fmt), QWEN2, profile(fmt))
+        found = local(capture(QWEN2, IDS, fmt), QWEN2, profile(fmt))
         assert all(r.diagnosis is None for r in found)
     with pytest.raises(AssertionError, match="diagnosed"):
         found_in(Bug("f32"), "ffn_up", Bug("f32").at("ffn_up") * F32(1.5))

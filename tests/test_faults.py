@@ -14,7 +14,7 @@ from aprender import _core, stages
 from aprender.errors import ArgumentError, UnknownName
 from aprender.judge import changes, faults
 from aprender.judge.faults import CONTROLS, FAULTS, plant
-from aprender.sides import own
+from aprender.sides.edits import TRANSFORMS, VALUES
 
 QWEN2, LLAMA, QWEN3 = (tiny.Shape(arch) for arch in tiny.ARCHS)
 BIASED = tiny.Shape("llama", attention_bias=True)
@@ -85,9 +85,9 @@ def check_edit(edit: faults.Edit, key: stages.Key):
         assert stages.stage(edit["origin"][0])
     elif kind == "weight":
         assert {edit["weight"], edit.get("origin", edit["weight"])} <= {row[0] for row in _core.WEIGHTS}
-        assert edit["transform"] in own.TRANSFORMS
+        assert edit["transform"] in TRANSFORMS
     elif kind == "value":
-        assert edit["transform"] in own.VALUES
+        assert edit["transform"] in VALUES
     else:
         assert kind in {"pieces", "capture", "positions"}
 
@@ -208,7 +208,7 @@ def test_edits_are_plain_data_that_the_engine_knows(name: str):
             else:
                 assert edit["target"] == "weight"
                 assert edit["weight"] in weights
-                assert edit["transform"] in own.TRANSFORMS
+                assert edit["transform"] in TRANSFORMS
 
 
 def test_plant_everywhere_and_somewhere():

@@ -30,7 +30,7 @@ C_FLOORS = {"base": 0, "quant": 1, "measure": 1, "file": 2, "plan": 3, "cpu": 4,
 PYTHON_FLOORS = {
     "errors": 0, "_core": 0, "atomic": 0, "stages": 1, "captures": 1, "manifest": 1, "text": 1, "arithmetic": 1, "aprt": 1, "writers": 1,
     "mixes": 1, "pieces": 1, "conversion": 2, "sides": 2, "judge": 2,
-    "probes": 3, "bisection": 3, "references": 3, "declared": 3, "repair": 3, "parity": 3, "report": 4,
+    "asking": 3, "probes": 3, "references": 3, "declared": 3, "repair": 3, "judgement": 3, "parity": 3, "bisection": 3, "report": 4,
 }  # fmt: skip
 COMMANDS = 5
 

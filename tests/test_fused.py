@@ -22,7 +22,8 @@ import aprender  # noqa: E402 (after the skip)
 from aprender import arithmetic, bisect  # noqa: E402
 from aprender.captures import Captures  # noqa: E402
 from aprender.errors import CannotRun  # noqa: E402
-from aprender.judge import closure, verdict, witness  # noqa: E402
+from aprender.judge import closure, witness  # noqa: E402
+from aprender.judge.local import WRONG, StageResult, local  # noqa: E402
 from aprender.judge.rounding import to_format  # noqa: E402
 from aprender.sides.hf import PROFILES, HFSide  # noqa: E402
 
@@ -55,12 +56,12 @@ def ids(tokens: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng([7, seed]).integers(0, 112, tokens)]
 
 
-def judged(side: HFSide, captures: Captures) -> list[verdict.StageResult]:
-    return verdict.local(captures, witness.ModelData(**side.model_data()), side.profile)
+def judged(side: HFSide, captures: Captures) -> list[StageResult]:
+    return local(captures, witness.ModelData(**side.model_data()), side.profile)
 
 
-def wrong(results: list[verdict.StageResult]) -> list[tuple[str, int | None]]:
-    return [r.key for r in results if r.state == verdict.WRONG]
+def wrong(results: list[StageResult]) -> list[tuple[str, int | None]]:
+    return [r.key for r in results if r.state == WRONG]
 
 
 # ---- clean ---------------------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_clean_models_are_in_the_band(folders: Callable[..., Path], arch: str, d
         captures = side.capture(ids(tokens, seed))
         assert captures.manifest.attestation is True
         results = judged(side, captures)
-        assert [(r.key, r.reason) for r in results if r.state == verdict.WRONG] == []
+        assert [(r.key, r.reason) for r in results if r.state == WRONG] == []
         attention = [r for r in results if r.stage == "attention"]
         assert len(attention) == 2
         assert all(r.measured and r.spans == (("attn_scores", r.layer), ("attn_softmax", r.layer)) for r in attention)

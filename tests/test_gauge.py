@@ -21,9 +21,11 @@ from conftest import CANARY, PROMPT, write_folder
 from hf_like import FORMATS, capture, model, profile, rounded, run
 
 from aprender import bisection
+from aprender.asking import Ask
 from aprender.captures import Captures
-from aprender.judge import faults, verdict, witness
-from aprender.judge.verdict import HEALS, NOT_COMPARABLE, WRONG, StageResult
+from aprender.judge import faults, witness
+from aprender.judge.local import HEALS, NOT_COMPARABLE, WRONG, StageResult, local
+from aprender.judgement import Hunt
 from aprender.manifest import HALVES
 from aprender.references import WitnessSide
 from aprender.sides.own import OwnSide
@@ -44,7 +46,7 @@ def states(results: list[StageResult], state: str) -> set[Key]:
 
 def hunted(path: Path, ids: tuple[int, ...], edits: Any) -> bisection.Report:
     side = OwnSide(path, edits=edits)
-    return bisection.hunt(bisection.Hunt(side, WitnessSide(OwnSide(path), "witness")), bisection.Ask(ids=ids), answer=0)
+    return bisection.hunt(Hunt(side, WitnessSide(OwnSide(path), "witness")), Ask(ids=ids), answer=0)
 
 
 def turned(stage: str, layer: int | None, value: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def rotation(fmt: str, name: str, shift: int) -> Any:
 def judged(fmt: str, q: int, k: int) -> list[StageResult]:
     shifts = {("q_post_rope", 0): q, ("k_post_rope", 0): k}
     made = {key: rotation(fmt, key[0][0], shift) for key, shift in shifts.items()}
-    return verdict.local(capture(QWEN2, IDS, fmt, lambda s, i, value: made.get((s, i), value)), QWEN2, profile(fmt))
+    return local(capture(QWEN2, IDS, fmt, lambda s, i, value: made.get((s, i), value)), QWEN2, profile(fmt))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -198,7 +200,7 @@ TURNED = {"q_post_rope": "only", "k_post_rope": "only", "k_cache": "only"}
 def test_an_order_of_lanes_common_to_queries_and_keys_heals(fmt: str, order: Any) -> None:
     plain = capture(QWEN2, IDS, fmt)
     for held in (EVERYWHERE, TURNED):
-        found = verdict.local(permuted(plain, order, held), QWEN2, profile(fmt))
+        found = local(permuted(plain, order, held), QWEN2, profile(fmt))
         assert states(found, WRONG) == set()
         # the product before a fused bias is derived: it has no verdict
         assert states(found, HEALS) == {(stage, layer) for stage in held if stage != "qkv_matmul" for layer in (0, 1)}
@@ -217,7 +219,7 @@ def test_an_order_of_lanes_common_to_queries_and_keys_heals(fmt: str, order: Any
     ids=str,
 )
 def test_an_order_of_lanes_of_one_alone_is_wrong(fmt: str, held: dict[str, str]) -> None:
-    found = verdict.local(permuted(capture(QWEN2, IDS, fmt), NEIGHBOURS, held), QWEN2, profile(fmt))
+    found = local(permuted(capture(QWEN2, IDS, fmt), NEIGHBOURS, held), QWEN2, profile(fmt))
     assert states(found, HEALS) == set()
     assert states(found, WRONG)
 
@@ -256,7 +258,7 @@ def test_hugging_face_shifted(dtype: str, folders: Callable[[str], Path], monkey
         return apply
 
     def found() -> list[StageResult]:
-        return verdict.local(side.capture(IDS), data, side.profile)
+        return local(side.capture(IDS), data, side.profile)
 
     assert states(found(), HEALS) == set()
     everywhere = {(stage, layer) for stage, _ in SHIFTED for layer in (0, 1)}
@@ -281,7 +283,7 @@ def test_llama_cpp_with_its_lanes_unsaid(peer: llamacpp.Peer, kind: str, tmp_pat
 
     def unsaid(names: tuple[str, ...]) -> list[StageResult]:
         notes = {k: dataclasses.replace(n, lanes=HALVES) if k[0] in names else n for k, n in captures.manifest.tensors.items()}
-        return verdict.local(Captures(captures, dataclasses.replace(captures.manifest, tensors=notes)), data, side.profile)
+        return local(Captures(captures, dataclasses.replace(captures.manifest, tensors=notes)), data, side.profile)
 
     assert states(unsaid(()), HEALS) == states(unsaid(()), WRONG) == set()
     found = unsaid(held)

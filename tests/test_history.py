@@ -18,12 +18,14 @@ import tiny
 from conftest import write_folder
 
 from aprender import bisection, stages
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import ArgumentError
-from aprender.judge.verdict import StageResult, local
+from aprender.judge.local import StageResult, local
 from aprender.judge.witness import ModelData
+from aprender.judgement import Hunt
 from aprender.pieces import Piece, cuts, part, whole
-from aprender.sides import own
+from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
 
 IDS = (3, 14, 15, 92, 65, 35, 89, 79, 32)
@@ -94,7 +96,7 @@ FAULTS: dict[Callable[[np.ndarray], np.ndarray], str] = {
 
 def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, stage: str, fault: Callable[[np.ndarray], np.ndarray]) -> OwnSide:
     """Our engine with a fault in the cache of layer 1, in all pieces but the first."""
-    monkeypatch.setitem(own.VALUES, "test", lambda value, edit, size, table: fault(value))  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", lambda value, edit, size, table: fault(value))  # type: ignore[arg-type]
     return OwnSide(folder, edits=[{"target": "value", "stage": stage, "layer": 1, "transform": "test", "when": "decode"}])
 
 
@@ -151,7 +153,7 @@ def test_a_slot_that_was_wrong_once_is_named_though_it_is_right_at_the_end(
     def change(value: np.ndarray, edit: Any, size: Any, table: np.ndarray) -> np.ndarray:
         return stale(value) if next(count) == piece else repaired(value)
 
-    monkeypatch.setitem(own.VALUES, "test", change)  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", change)  # type: ignore[arg-type]
     side = OwnSide(folder, edits=[{"target": "value", "stage": stage, "layer": 1, "transform": "test", "when": "decode"}])
     captures = side.capture_pieces(IDS, DECODE)
     assert np.array_equal(captures[stage, 1][:4], kept[:4])
@@ -171,8 +173,8 @@ def test_without_its_pieces_the_attention_would_be_accused(folder: Path, monkeyp
 def test_the_probe_names_the_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt alone agrees: it is run in one piece."""
     side = planted(monkeypatch, folder, "v_cache", stale)
-    assert bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=IDS), answer=0).verdict == "agree"
-    report = bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=IDS), answer=0, probes=("short", "decode"))
+    assert bisection.hunt(Hunt(side), Ask(ids=IDS), answer=0).verdict == "agree"
+    report = bisection.hunt(Hunt(side), Ask(ids=IDS), answer=0, probes=("short", "decode"))
     assert report.first is not None
     assert report.first.key == ("v_cache", 1)
     assert report.sentence.startswith("Probe decode (a prompt, then token by token): v_cache of layer 1")

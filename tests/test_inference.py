@@ -23,6 +23,7 @@ from aprender import arithmetic, bisect, declared
 from aprender.captures import Captures, save
 from aprender.judge import roundings, verdict
 from aprender.judge.inference import infer
+from aprender.judge.local import WRONG, local
 from aprender.judge.witness import ModelData
 
 IDS = [int(i) for i in np.random.default_rng(6).integers(0, 112, 24)]
@@ -34,7 +35,7 @@ def inferred(side: Any, ids: Any) -> Any:
 
 
 def wrong(results: Any) -> list[tuple[str, int | None]]:
-    return [r.key for r in results if r.state == verdict.WRONG]
+    return [r.key for r in results if r.state == WRONG]
 
 
 def decided(results: Any) -> verdict.Verdict:
@@ -111,7 +112,7 @@ def test_a_wrong_activation_in_every_layer_is_no_arithmetic(fmt: str) -> None:
     data = model(tiny.Shape("llama"))
     captures = capture(data, IDS, fmt, plant)
     assert infer(captures, data).best.profile == f"hf-{fmt}"
-    judged = decided(verdict.local(captures, data, profile(fmt)))
+    judged = decided(local(captures, data, profile(fmt)))
     assert (judged.finding, [f.key for f in judged.wrong]) == ("operation", [("ffn_silu", 0), ("ffn_silu", 1)])
 
 
@@ -147,7 +148,7 @@ def multiplying(rule: Activations, only: tuple[str, int | None] | None = None, b
 @pytest.mark.parametrize("size", [32, 0])
 def test_eight_bits_in_all_products_are_the_arithmetic(size: int, fmt: str) -> None:
     data = model(tiny.Shape("llama"))
-    results = verdict.local(capture(data, IDS, fmt, multiply=multiplying(eight_bits(size))), data, profile(fmt))
+    results = local(capture(data, IDS, fmt, multiply=multiplying(eight_bits(size))), data, profile(fmt))
     products = [key for key in (r.key for r in results) if key[0] in ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")]
     assert wrong(results) == products
     judged = decided(results)
@@ -168,7 +169,7 @@ def test_a_fault_beside_them_is_named_first(fmt: str) -> None:
         def plant(stage: str, layer: int | None, value: Array, fault: tuple[str, int | None] = fault) -> Array:
             return value * np.float32(1.06) if (stage, layer) == fault else value
 
-        judged = decided(verdict.local(capture(data, IDS, fmt, plant, multiply=eight), data, profile(fmt)))
+        judged = decided(local(capture(data, IDS, fmt, plant, multiply=eight), data, profile(fmt)))
         assert (judged.finding, judged.first and judged.first.key) == ("operation", fault)
         assert {f.kind for f in judged.wrong[1:]} == {roundings.UNDECLARED}
 
@@ -177,7 +178,7 @@ def test_a_fault_beside_them_is_named_first(fmt: str) -> None:
 def test_eight_bits_in_one_product_are_named_there(fmt: str) -> None:
     data = model(tiny.Shape("qwen3"))
     hidden = multiplying(eight_bits(32), ("attn_out", 1))
-    results = verdict.local(capture(data, IDS, fmt, multiply=hidden), data, profile(fmt))
+    results = local(capture(data, IDS, fmt, multiply=hidden), data, profile(fmt))
     assert wrong(results) == [("attn_out", 1)]
     judged = decided(results)
     assert judged.finding == "operation"
@@ -192,7 +193,7 @@ def test_a_rule_that_nobody_knows_is_not_claimed(most: float, known: bool, fmt: 
     """Scale max / 128 is one that engines have; max / 120 is none, and a noise of about the right size explains nothing."""
     data = model(tiny.Shape("llama", dim=128, ffn=512))
     hidden = multiplying(eight_bits(32, most), ("ffn_out", 1))
-    results = verdict.local(capture(data, IDS, fmt, multiply=hidden), data, profile(fmt))
+    results = local(capture(data, IDS, fmt, multiply=hidden), data, profile(fmt))
     assert wrong(results) == [("ffn_out", 1)]
     found = next(r.rounding for r in results if r.key == ("ffn_out", 1))
     assert (found and found.slug) == ("int8/32" if known else None)
@@ -211,7 +212,7 @@ OTHERS: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("slug", "fmt"), [(slug, fmt) for slug, (_, formats) in OTHERS.items() for fmt in formats])
 def test_other_roundings_in_one_product(slug: str, fmt: str) -> None:
     data = model(tiny.Shape("llama"))
-    results = verdict.local(capture(data, IDS, fmt, multiply=OTHERS[slug][0]), data, profile(fmt))
+    results = local(capture(data, IDS, fmt, multiply=OTHERS[slug][0]), data, profile(fmt))
     assert wrong(results) == [("ffn_out", 1)]
     found = next(r.rounding for r in results if r.key == ("ffn_out", 1))
     assert found is not None
@@ -235,7 +236,7 @@ def test_no_rounding_explains_a_fault(fault: str, fmt: str) -> None:
         return FAULTS[fault](value) if (stage, layer) == ("ffn_out", 1) else value
 
     data = model(tiny.Shape("llama"))
-    results = verdict.local(capture(data, IDS, fmt, plant), data, profile(fmt))
+    results = local(capture(data, IDS, fmt, plant), data, profile(fmt))
     assert wrong(results) == [("ffn_out", 1)]
     assert [r.rounding for r in results if r.rounding is not None] == []
 

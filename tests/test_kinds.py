@@ -18,9 +18,8 @@ import pytest
 import tiny
 from conftest import write_folder
 
-from aprender.judge import verdict
 from aprender.judge.diagnose import Diagnosis
-from aprender.judge.verdict import StageResult
+from aprender.judge.local import WRONG, StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.sides.own import OwnSide
 
@@ -31,13 +30,13 @@ Made = dict[str, tiny.Array]
 
 
 def diagnosed(results: Iterable[StageResult]) -> list[Diagnosis]:
-    return [r.diagnosis for r in results if r.state == verdict.WRONG and r.diagnosis is not None]
+    return [r.diagnosis for r in results if r.state == WRONG and r.diagnosis is not None]
 
 
 @pytest.fixture(autouse=True)
 def _time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is what is found, on however slow a machine."""
-    monkeypatch.setattr(verdict, "BUDGET", 300.0)
+    monkeypatch.setattr("aprender.judge.local.BUDGET", 300.0)
 
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def named(right: Path, wrong: Path, cache: str) -> list[Diagnosis]:
     from aprender.sides.llamacpp import LlamaCppSide
 
     side = LlamaCppSide(wrong, cache=cache)
-    return diagnosed(verdict.local(side.capture(IDS), ModelData(**OwnSide(right).model_data()), side.profile))
+    return diagnosed(local(side.capture(IDS), ModelData(**OwnSide(right).model_data()), side.profile))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ class Patched:
         self.home = sys.modules[type(self.attention).__module__]
 
     def found(self) -> list[Diagnosis]:
-        return diagnosed(verdict.local(self.side.capture(IDS), self.data, self.side.profile))
+        return diagnosed(local(self.side.capture(IDS), self.data, self.side.profile))
 
 
 Patch = Callable[[Patched, pytest.MonkeyPatch], None]

@@ -26,8 +26,8 @@ from aprender import arithmetic, bisect, run, trace
 from aprender.captures import Captures, aligned, open_captures
 from aprender.captures import save as save_captures
 from aprender.errors import ArgumentError, CannotRun, ConfigError, UnknownName
-from aprender.judge import ggml, metrics, verdict
-from aprender.judge.verdict import StageResult
+from aprender.judge import ggml, metrics
+from aprender.judge.local import StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.manifest import HALVES, PAIRS
 from aprender.sides import open_side
@@ -76,7 +76,7 @@ def judged(side: LlamaCppSide, ids: Sequence[int], model: ModelData | None = Non
     """Every stage of a run, judged with the side's own file or with another one."""
     captures = side.capture(ids)
     assert captures.manifest.attestation is True
-    return verdict.local(captures, model or ModelData(**side.model_data()), side.profile)
+    return local(captures, model or ModelData(**side.model_data()), side.profile)
 
 
 def wrong(results: Sequence[StageResult]) -> list[Key]:
@@ -356,7 +356,7 @@ def test_the_variant_is_part_of_the_arithmetic(save: Callable[..., Path]) -> Non
     assert set(said.pop("held")) >= {"eps", "theta", "layers"}
     assert said == {"cpu": "sse42", "fma": False, "half_away": True}
     bare = Captures(captures, dataclasses.replace(captures.manifest, arithmetic={}))
-    results = verdict.local(bare, ModelData(**side.model_data()), side.profile)
+    results = local(bare, ModelData(**side.model_data()), side.profile)
     assert {stage for stage, _ in wrong(results)} == {"q_post_rope", "k_post_rope"}
 
 
@@ -392,13 +392,13 @@ def test_clean_with_a_cache_of_halves(shape: tiny.Shape, save: Callable[..., Pat
     side, worst = LlamaCppSide(save(shape, "Q8_0"), cache="f16"), Worst()
     for length in (1, 5, 24):
         captures, model = side.capture(IDS[:length]), ModelData(**side.model_data())
-        results = verdict.local(captures, model, side.profile)
+        results = local(captures, model, side.profile)
         assert not wrong(results), [(r.key, r.reason) for r in results if r.state == "wrong"]
         worst.add(results)
     assert captures.manifest.tensors["v_cache", 0].dtype == "float16"
     assert all(r.state == "exact" for r in results if r.stage in EXACT)
     worst.say(f"{shape}, float16 cache")
-    as_if = verdict.local(captures, model, arithmetic.profile("ggml-cpu"))
+    as_if = local(captures, model, arithmetic.profile("ggml-cpu"))
     assert {stage for stage, _ in wrong(as_if)} == {"k_cache", "v_cache", "attn_scores", "attention"}
 
 
@@ -409,7 +409,7 @@ def test_the_rule_is_needed(kind: str, save: Callable[..., Path], monkeypatch: p
     side = LlamaCppSide(save(wide(SHAPES[0]), kind))
     captures, model = side.capture(IDS[:8]), ModelData(**side.model_data())
     monkeypatch.setattr(ggml, "RULES", ggml.RULES | {kind: ggml.RULES["F32"]})
-    found = {stage for stage, _ in wrong(verdict.local(captures, model, side.profile))}
+    found = {stage for stage, _ in wrong(local(captures, model, side.profile))}
     assert found == {"qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head"}
 
 
@@ -567,8 +567,8 @@ def test_a_graph_without_a_node_is_refused(save: Callable[..., Path], monkeypatc
     side = LlamaCppSide(save(SHAPES[0], "F32"))
     script = (
         "import sys\n"
-        "from aprender.sides import llamacpp_worker as worker\n"
-        "worker.Sites.find = lambda self, op, name, sources: None\n"
+        "from aprender.sides import llamacpp_record, llamacpp_worker as worker\n"
+        "llamacpp_record.Sites.find = lambda self, op, name, sources: None\n"
         "worker.main(sys.stdin, sys.stdout)\n"
     )
     run_worker = subprocess.Popen

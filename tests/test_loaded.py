@@ -18,9 +18,11 @@ from conftest import CANARY, write_folder
 
 import aprender
 from aprender import arithmetic, bisection, stages
+from aprender.asking import Ask
 from aprender.captures import Captures, save
 from aprender.errors import ArgumentError
 from aprender.judge import loaded
+from aprender.judgement import Hunt
 from aprender.sides.own import OwnSide
 
 SHAPE = tiny.Shape("qwen2")
@@ -28,7 +30,7 @@ IDS = (3, 14, 15, 92, 65, 35, 8)
 
 
 def hunted(subject: object, reference: object = None) -> bisection.Report:
-    return bisection.hunt(bisection.Hunt(subject, reference), bisection.Ask(ids=IDS), answer=0)
+    return bisection.hunt(Hunt(subject, reference), Ask(ids=IDS), answer=0)
 
 
 # ---- weights as values ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from aprender import arithmetic, bisect
 from aprender.arithmetic import F16, Profile
 from aprender.captures import Captures, save
 from aprender.judge import ggml, noise, sums, verdict
+from aprender.judge.local import EXACT, WRONG, StageResult, local
 from aprender.judge.loss import ARITHMETIC_LOSS, Loss, loss
 from aprender.judge.prediction import Operand, Prediction, Setting
 from aprender.judge.rule import Gates, Rule
@@ -32,11 +33,11 @@ GATES: Gates = Rule().gates(10**5, 10**4)
 TIMES = 1.3  # a sound arithmetic loses at most so many times its cost: the error of a variance that is estimated over a few dozen tokens
 
 
-def findings(results: list[verdict.StageResult]) -> list[tuple[str, int | None]]:
+def findings(results: list[StageResult]) -> list[tuple[str, int | None]]:
     return [r.key for r in results if r.loss is not None and r.loss.reason]
 
 
-def worst(results: list[verdict.StageResult]) -> float:
+def worst(results: list[StageResult]) -> float:
     return max(r.loss.relative / r.loss.cost for r in results if r.loss is not None and r.loss.cost > 0)
 
 
@@ -47,7 +48,7 @@ def worst(results: list[verdict.StageResult]) -> float:
 @pytest.mark.parametrize("arch", tiny.ARCHS)
 def test_a_clean_side_loses_what_its_roundings_cost(arch: str, fmt: str) -> None:
     data = model(tiny.Shape(arch))
-    results = verdict.local(capture(data, IDS, fmt), data, profile(fmt))
+    results = local(capture(data, IDS, fmt), data, profile(fmt))
     assert findings(results) == []
     print(f"{arch} {fmt}: at most {worst(results):.2f} times the cost")
     assert worst(results) < TIMES
@@ -57,7 +58,7 @@ def test_a_clean_side_loses_what_its_roundings_cost(arch: str, fmt: str) -> None
 @pytest.mark.parametrize("kind", ["canary.gguf", ""])
 def test_the_canary_loses_what_its_roundings_cost(kind: str) -> None:
     side = aprender.side(aprender.canary(kind))
-    results = verdict.local(side.capture(IDS), ModelData(**side.model_data()), side.profile)
+    results = local(side.capture(IDS), ModelData(**side.model_data()), side.profile)
     assert findings(results) == []
     assert worst(results) < TIMES
 
@@ -67,7 +68,7 @@ def test_the_canary_loses_what_its_roundings_cost(kind: str) -> None:
 def test_eight_bit_activations_lose_what_they_cost(cache: str, peer: object) -> None:
     """llama.cpp on the canary's 4-bit weights: a loss of 4e-3 per product, which is that of the declared blocks."""
     side = aprender.side(f"llama.cpp:{aprender.canary()}@{cache}")
-    results = verdict.local(side.capture(IDS), ModelData(**side.model_data()), side.profile)
+    results = local(side.capture(IDS), ModelData(**side.model_data()), side.profile)
     assert findings(results) == []
     assert worst(results) < TIMES
     assert max(r.loss.relative for r in results if r.loss is not None) > 1e-3
@@ -178,10 +179,10 @@ def test_narrow_sums_are_what_numpy_makes() -> None:
 def test_float16_sums_that_do_not_stand_still() -> None:
     """Random signs, 160 terms: every stage has the declared bits, and loses what so many roundings cost."""
     data = model(tiny.Shape("qwen3", attention_bias=True))
-    results = verdict.local(capture(data, IDS, "f16", multiply=half_sums), data, arithmetic.profile("f16-sums"))
-    assert [(r.key, r.reason) for r in results if r.state == verdict.WRONG] == []
+    results = local(capture(data, IDS, "f16", multiply=half_sums), data, arithmetic.profile("f16-sums"))
+    assert [(r.key, r.reason) for r in results if r.state == WRONG] == []
     products = [r for r in results if r.stage in ("qkv_bias", "attn_scores", "attention", "attn_out", "ffn_gate", "ffn_out", "lm_head")]
-    assert {r.state for r in products} == {verdict.EXACT}
+    assert {r.state for r in products} == {EXACT}
     assert findings(results) == []
     assert worst(results) < TIMES
 
@@ -189,8 +190,8 @@ def test_float16_sums_that_do_not_stand_still() -> None:
 def test_a_sum_that_stands_still_is_named() -> None:
     data = stalling()
     captures = capture(data, IDS, "f16", multiply=half_sums)
-    results = verdict.local(captures, data, arithmetic.profile("f16-sums"))
-    assert [r.key for r in results if r.state == verdict.WRONG] == []
+    results = local(captures, data, arithmetic.profile("f16-sums"))
+    assert [r.key for r in results if r.state == WRONG] == []
     assert findings(results) == [("ffn_out", 1)]
     lost = next(r.loss for r in results if r.key == ("ffn_out", 1))
     assert lost is not None
@@ -202,16 +203,16 @@ def test_a_sum_that_stands_still_is_named() -> None:
 
 def test_the_same_sums_in_float32_lose_nothing() -> None:
     data = stalling()
-    results = verdict.local(capture(data, IDS, "f16"), data, profile("f16"))
+    results = local(capture(data, IDS, "f16"), data, profile("f16"))
     assert findings(results) == []
-    assert [r.key for r in results if r.state == verdict.WRONG] == []
+    assert [r.key for r in results if r.state == WRONG] == []
 
 
 def test_float16_sums_that_were_not_declared_are_wrong() -> None:
     """Under hf-f16 the very same numbers are not what was declared: an operation, no loss."""
     data = stalling()
-    results = verdict.local(capture(data, IDS, "f16", multiply=half_sums), data, profile("f16"))
-    assert ("ffn_out", 1) in [r.key for r in results if r.state == verdict.WRONG]
+    results = local(capture(data, IDS, "f16", multiply=half_sums), data, profile("f16"))
+    assert ("ffn_out", 1) in [r.key for r in results if r.state == WRONG]
     assert findings(results) == []
 
 
@@ -249,7 +250,7 @@ def test_a_wrong_operation_comes_before_a_loss() -> None:
         return value * np.float32(1.06) if (stage, layer) == ("final_norm", None) else value
 
     row: Profile = arithmetic.profile("f16-sums")
-    results = verdict.local(capture(data, IDS, "f16", plant, multiply=half_sums), data, row)
+    results = local(capture(data, IDS, "f16", plant, multiply=half_sums), data, row)
     judged = verdict.decide(verdict.Party("it", row.name, results=results), verdict.Party("witness"), {}, IDS)
     assert (judged.finding, judged.first and judged.first.key) == ("operation", ("final_norm", None))
     assert [fault.kind for fault in judged.wrong][1:] == [ARITHMETIC_LOSS]

@@ -25,7 +25,7 @@ from aprender.captures import Captures
 from aprender.judge import witness
 from aprender.judge.diagnose import Diagnosis
 from aprender.judge.faults import AGREE, FAULTS, HEALS, REFUSED
-from aprender.judge.verdict import StageResult
+from aprender.judge.local import StageResult
 from aprender.judge.witness import ModelData
 from aprender.sides.own import OwnSide
 from aprender.stages import Key

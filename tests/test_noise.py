@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from aprender import _core, arithmetic, stages
 from aprender.arithmetic import BF16, F16, F32, PROFILES, Format, Order
 from aprender.errors import ArgumentError, UnknownName
-from aprender.judge import noise, rounding, sums, verdict
+from aprender.judge import noise, rounding, sums
+from aprender.judge.local import WRONG, local
 
 NAMED = {"f32": F32, "f16": F16, "bf16": BF16}
 LANES = Order(lanes=16)
@@ -279,8 +280,8 @@ COARSE = {"ROPE", "SCORES", "MIX", "ROPE_TABLE"}
 @pytest.mark.parametrize("arch", tiny.ARCHS)
 def test_clean_model_is_in_the_band(arch: str, fmt: str):
     data = model(tiny.Shape(arch, attention_bias=arch != "qwen2"))
-    results = verdict.local(capture(data, IDS, fmt), data, profile(fmt))
-    assert [r.reason for r in results if r.state == verdict.WRONG] == []
+    results = local(capture(data, IDS, fmt), data, profile(fmt))
+    assert [r.reason for r in results if r.state == WRONG] == []
     for r in (r for r in results if r.measured and r.n >= 1000 and r.z_rms is not None):
         assert r.z_rms < UPPER[fmt], r
         assert r.z_rms > LOWER[fmt] or stages.stage(r.stage).op in COARSE, r
@@ -296,7 +297,7 @@ def test_power_is_what_is_caught(stage: str, fmt: str):
     """A relative error of the whole stage is caught at 4 times the stated power, not at 1/10 of it, and there alone."""
     data = model(tiny.Shape("qwen3", attention_bias=True))
     layer = None if stage == "lm_head" else 1
-    clean = {r.key: r for r in verdict.local(capture(data, IDS, fmt), data, profile(fmt))}
+    clean = {r.key: r for r in local(capture(data, IDS, fmt), data, profile(fmt))}
     power = clean[stage, layer].power
     assert power is not None
     # the tables of noise.md (section 4.1) for 24 tokens, whole stage; bf16 scores lie on a coarse grid (1e-4 there, 5e-5 here)
@@ -306,8 +307,8 @@ def test_power_is_what_is_caught(stage: str, fmt: str):
         def plant(at: str, where: int | None, value: np.ndarray) -> np.ndarray:
             return value.astype(np.float64) * (1.0 + relative) if (at, where) == (stage, layer) else value
 
-        results = verdict.local(capture(data, IDS, fmt, plant), data, profile(fmt))
-        return [r.key for r in results if r.state == verdict.WRONG]
+        results = local(capture(data, IDS, fmt, plant), data, profile(fmt))
+        return [r.key for r in results if r.state == WRONG]
 
     assert wrong(4 * power) == [(stage, layer)]
     assert wrong(power / 10) == []

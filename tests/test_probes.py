@@ -19,10 +19,12 @@ from conftest import CANARY, PROMPT, write_folder
 
 import aprender
 from aprender import arithmetic, bisect, bisection, probes, stages
+from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import ArgumentError, UnknownName
+from aprender.judgement import Hunt
 from aprender.probes import runs
-from aprender.sides import own
+from aprender.sides.edits import VALUES
 from aprender.sides.own import OwnSide
 from aprender.stages import LOGITS
 
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hunt(side: Any, names: Sequence[str] = (), ids: Sequence[int] = IDS) -> bisection.Report:
-    return bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=tuple(ids)), answer=0, probes=names)
+    return bisection.hunt(Hunt(side), Ask(ids=tuple(ids)), answer=0, probes=names)
 
 
 def states(report: bisection.Report) -> dict[str, str]:
@@ -588,7 +590,7 @@ def test_a_slot_among_thousands(roomy: Path, monkeypatch: pytest.MonkeyPatch) ->
         out[1500:1501] = out[1499:1500]
         return out
 
-    monkeypatch.setitem(own.VALUES, "test", change)  # type: ignore[arg-type]
+    monkeypatch.setitem(VALUES, "test", change)  # type: ignore[arg-type]
     side = OwnSide(roomy, edits=[{"target": "value", "stage": "v_cache", "layer": 0, "transform": "test", "when": "decode"}])
     report = hunt(side, ("long", "decode", "keys"))
     assert {name for name, state in states(report).items() if state == "divergence"} == {"keys"}

@@ -17,8 +17,9 @@ from conftest import CANARY, blob, write_folder
 
 import aprender
 from aprender import bisect, bisection, repair
+from aprender.asking import Ask
 from aprender.captures import Captures
-from aprender.judge.verdict import StageResult, local
+from aprender.judge.local import StageResult, local
 from aprender.judge.witness import ModelData
 from aprender.sides.own import OwnSide
 from aprender.stages import Key
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hunt(folder: Path, plant: str | Sequence[str] | None, ids: Sequence[int]) -> bisection.Report:
-    return bisection.hunt(bisection.open_hunt(str(folder), "witness", plant), bisection.Ask(ids=tuple(ids)), answer=0)
+    return bisection.hunt(bisection.open_hunt(str(folder), "witness", plant), Ask(ids=tuple(ids)), answer=0)
 
 
 def judged(side: Any, captures: Captures) -> tuple[list[StageResult], list[str]]:

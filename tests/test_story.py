@@ -20,8 +20,10 @@ from conftest import CANARY, PROMPT, blob, write_folder
 
 import aprender
 from aprender import bisect, bisection, diff
+from aprender.asking import Ask
 from aprender.captures import Captures, save
 from aprender.errors import NotComparable
+from aprender.judgement import Hunt
 from aprender.manifest import LAST, TensorNote
 from aprender.sides.own import OwnSide
 from aprender.sides.saved import SavedSide
@@ -36,7 +38,7 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> OwnSide:
 
 
 def judged(subject: Any, reference: Any = None, ids: Sequence[int] = IDS, probes: Sequence[str] = ()) -> bisection.Report:
-    return bisection.hunt(bisection.Hunt(subject, reference), bisection.Ask(ids=tuple(ids)), answer=0, probes=probes)
+    return bisection.hunt(Hunt(subject, reference), Ask(ids=tuple(ids)), answer=0, probes=probes)
 
 
 def recording(captures: Captures, side: OwnSide, name: str) -> SavedSide:
@@ -215,7 +217,7 @@ class Unattested(TwoPaths):
 def test_a_trace_of_another_path_is_no_verdict_on_the_one_that_runs() -> None:
     """Every traced stage is right and the text is wrong: the tool must not say "agree"."""
     side = TwoPaths(CANARY)
-    ran = bisection.hunt(bisection.Hunt(side), bisection.Ask(ids=PROMPT))
+    ran = bisection.hunt(Hunt(side), Ask(ids=PROMPT))
     assert dict(ran.answers)["answer"] != "' 2+2 is 4.'"
     assert not [row for row in ran.judged.rows if row.state == "wrong"]
     assert (ran.exit_code, ran.judged.finding) == (1, "heisenbug")

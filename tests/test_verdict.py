@@ -16,10 +16,11 @@ from aprender import arithmetic, stages
 from aprender.captures import Captures
 from aprender.errors import NotComparable
 from aprender.judge import metrics, verdict
+from aprender.judge.local import EXACT, INHERITED, NOISE, NOT_COMPARABLE, UNMEASURED, WRONG, StageResult, local
 from aprender.judge.measure import IMPOSSIBLE, group_count
 from aprender.judge.replay import ancestors, wiring
 from aprender.judge.rule import Rule
-from aprender.judge.verdict import Party, StageResult
+from aprender.judge.verdict import Party
 from aprender.manifest import DERIVED, LAST, Manifest, TensorNote
 from aprender.stages import Key
 
@@ -33,12 +34,12 @@ def at(stage: str, layer: int | None, change: Plant) -> Plant:
 
 
 def judge(fmt: str = "f16", plant: Plant | None = None, **more: object) -> dict[Key, StageResult]:
-    found = verdict.local(capture(QWEN2, IDS, fmt, plant, **more), QWEN2, profile(fmt))  # type: ignore[arg-type]
+    found = local(capture(QWEN2, IDS, fmt, plant, **more), QWEN2, profile(fmt))  # type: ignore[arg-type]
     return {r.key: r for r in found}
 
 
 def wrong(results: dict[Key, StageResult]) -> list[Key]:
-    return [key for key, r in results.items() if r.state == verdict.WRONG]
+    return [key for key, r in results.items() if r.state == WRONG]
 
 
 # ---- gates -------------------------------------------------------------------------------------
@@ -77,14 +78,14 @@ def test_clean_runs_of_all_lengths_are_clean(fmt: str):
         for seed in range(3):
             data = model(tiny.Shape("qwen3"), seed)
             ids = np.random.default_rng(seed).integers(0, 112, tokens)
-            found = verdict.local(capture(data, ids, fmt), data, profile(fmt))
-            assert [(r.key, r.reason) for r in found if r.state not in (verdict.EXACT, verdict.NOISE)] == []
+            found = local(capture(data, ids, fmt), data, profile(fmt))
+            assert [(r.key, r.reason) for r in found if r.state not in (EXACT, NOISE)] == []
 
 
 def test_exact_is_bit_for_bit():
     results = judge("f32")
-    assert results["post_attn_residual", 0].state == verdict.EXACT  # one declared rounding
-    assert results["ffn_up", 0].state == verdict.NOISE  # the order of the sum is not known
+    assert results["post_attn_residual", 0].state == EXACT  # one declared rounding
+    assert results["ffn_up", 0].state == NOISE  # the order of the sum is not known
     assert results["ffn_up", 0].bit_equal < 1.0
 
 
@@ -130,7 +131,7 @@ def test_row_scale_of_a_norm_in_float32():
     results = judge("f32", at("attn_norm", 0, lambda s, i, value: value * np.float32(1 + 2.0**-21)))
     assert wrong(results) == [("attn_norm", 0)]
     assert "rows are scaled" in results["attn_norm", 0].reason
-    assert clean.state == verdict.NOISE
+    assert clean.state == NOISE
 
 
 def test_a_probability_for_a_forbidden_key():
@@ -208,10 +209,10 @@ def test_overflow_of_the_declared_arithmetic_is_no_wrong_operation():
         QWEN2, weights={**QWEN2.weights, ("ffn_up", 1): np.asarray(QWEN2.weights["ffn_up", 1]) * np.float32(2.0**16)}
     )
     for fmt, overflows in (("f16", True), ("bf16", False)):
-        results = verdict.local(capture(loud, IDS, fmt), loud, profile(fmt))
-        assert [r.key for r in results if r.state == verdict.WRONG] == []
+        results = local(capture(loud, IDS, fmt), loud, profile(fmt))
+        assert [r.key for r in results if r.state == WRONG] == []
         assert any(r.overflowed for r in results) == overflows
-    narrow = decided(verdict.local(capture(loud, IDS, "f16"), loud, profile("f16")))
+    narrow = decided(local(capture(loud, IDS, "f16"), loud, profile("f16")))
     assert (narrow.verdict, narrow.finding) == ("divergence", "overflow")
     assert narrow.first is not None
     assert (narrow.first.stage, narrow.first.layer, narrow.first.kind) == ("ffn_up", 1, "overflow")
@@ -224,13 +225,13 @@ def test_weights_of_another_cast_are_found_at_every_product():
     # the fingerprint of a wrong cast: all matrix products, nothing that has no matrix
     cast = {key: np.asarray(w, np.float32) * np.float32(1 + 2.0**-9) if np.ndim(w) == 2 else w for key, w in QWEN2.weights.items()}
     other = dataclasses.replace(QWEN2, weights=cast)
-    results = {r.key: r for r in verdict.local(capture(QWEN2, IDS, "f16"), other, profile("f16"))}
+    results = {r.key: r for r in local(capture(QWEN2, IDS, "f16"), other, profile("f16"))}
     ops = {stages.stage(key[0]).op for key in wrong(results)}
     assert ops == {"EMBED", "MATMUL", "BIAS"}
 
 
 def test_an_undeclared_arithmetic_does_not_pass():
-    results = {r.key: r for r in verdict.local(capture(QWEN2, IDS, "bf16"), QWEN2, profile("f16"))}
+    results = {r.key: r for r in local(capture(QWEN2, IDS, "bf16"), QWEN2, profile("f16"))}
     assert ("attn_norm", 0) in wrong(results)
 
 
@@ -240,10 +241,10 @@ def test_an_undeclared_arithmetic_does_not_pass():
 def test_inherited_is_what_depends_on_it_and_nothing_else():
     results = judge("f16", at("ffn_gate", 1, lambda s, i, value: value * np.float32(1.5)))
     assert wrong(results) == [("ffn_gate", 1)]
-    assert results["ffn_up", 1].state in (verdict.EXACT, verdict.NOISE)  # a sibling
-    assert results["ffn_norm", 1].state in (verdict.EXACT, verdict.NOISE)
+    assert results["ffn_up", 1].state in (EXACT, NOISE)  # a sibling
+    assert results["ffn_norm", 1].state in (EXACT, NOISE)
     for key in (("ffn_silu", 1), ("ffn_out", 1), ("final_norm", None), ("lm_head", None)):
-        assert results[key].state == verdict.INHERITED
+        assert results[key].state == INHERITED
         assert "1.ffn_gate" in results[key].reason
 
 
@@ -271,7 +272,7 @@ def test_wiring_follows_the_wires():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_derived_stage_is_spanned(fmt: str):
     results = judge(fmt, scores=DERIVED)
-    assert results["attn_scores", 0].state == verdict.UNMEASURED
+    assert results["attn_scores", 0].state == UNMEASURED
     assert "recomputed" in results["attn_scores", 0].reason
     assert results["attn_softmax", 0].spans == (("attn_scores", 0),)
     assert wrong(results) == []
@@ -297,12 +298,12 @@ def test_too_long_a_region_is_not_judged():
     kept = ("embedding", "rope_table", "lm_head")
     drop = [row.name for row in stages.STAGES if row.name not in kept]
     results = judge("f16", drop=drop)
-    assert results["lm_head", None].state == verdict.UNMEASURED
+    assert results["lm_head", None].state == UNMEASURED
     assert "captured near enough" in results["lm_head", None].reason
 
 
 def test_without_weights_the_rest_is_judged():
-    results = {r.key: r for r in verdict.local(capture(QWEN2, IDS, "f16"), None, profile("f16"))}
+    results = {r.key: r for r in local(capture(QWEN2, IDS, "f16"), None, profile("f16"))}
     unmeasured = {key[0] for key, r in results.items() if not r.measured}
     assert unmeasured == {"embedding", "attn_norm", "qkv_matmul", "qkv_bias", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_out"} | {
         "final_norm", "lm_head",
@@ -310,7 +311,7 @@ def test_without_weights_the_rest_is_judged():
     assert "weights" in results["ffn_up", 0].reason
     assert wrong(results) == []
     with pytest.raises(NotComparable, match="no hyper-parameters"):
-        verdict.local(Captures({}, Manifest(side="x", tokens=(1,))), None, profile("f16"))
+        local(Captures({}, Manifest(side="x", tokens=(1,))), None, profile("f16"))
 
 
 def test_last_token_only():
@@ -319,23 +320,23 @@ def test_last_token_only():
     values["lm_head", None] = values["lm_head", None][-1:]
     notes = dict(whole.manifest.tensors)
     notes["lm_head", None] = TensorNote.of(values["lm_head", None], dtype="float16")
-    for factor, state in ((1.0, verdict.NOISE), (1.01, verdict.WRONG)):
+    for factor, state in ((1.0, NOISE), (1.01, WRONG)):
         made = dict(values)
         made["lm_head", None] = (made["lm_head", None] * np.float32(factor)).astype(np.float16).astype(np.float32)
         kept = {**notes, ("lm_head", None): dataclasses.replace(notes["lm_head", None], positions=LAST)}
-        results = verdict.local(Captures(made, dataclasses.replace(whole.manifest, tensors=kept)), QWEN2, profile("f16"))
+        results = local(Captures(made, dataclasses.replace(whole.manifest, tensors=kept)), QWEN2, profile("f16"))
         assert results[-1].n == 112
-        assert results[-1].state in ({verdict.NOISE, verdict.EXACT} if state == verdict.NOISE else {verdict.WRONG})
+        assert results[-1].state in ({NOISE, EXACT} if state == NOISE else {WRONG})
 
 
 def test_a_wrong_shape_is_not_comparable():
     whole = capture(QWEN2, IDS, "f16")
     values = {key: whole[key] for key in whole} | {("ffn_up", 0): whole["ffn_up", 0][:, :-1]}
     notes = {key: note for key, note in whole.manifest.tensors.items() if key != ("ffn_up", 0)}
-    results = {r.key: r for r in verdict.local(Captures(values, dataclasses.replace(whole.manifest, tensors=notes)), QWEN2, profile("f16"))}
-    assert results["ffn_up", 0].state == verdict.NOT_COMPARABLE
+    results = {r.key: r for r in local(Captures(values, dataclasses.replace(whole.manifest, tensors=notes)), QWEN2, profile("f16"))}
+    assert results["ffn_up", 0].state == NOT_COMPARABLE
     assert "[21, 159]" in results["ffn_up", 0].reason
-    assert results["ffn_swigl", 0].state == verdict.NOT_COMPARABLE  # its input is not what it says
+    assert results["ffn_swigl", 0].state == NOT_COMPARABLE  # its input is not what it says
     assert results["ffn_gate", 0].measured
 
 
@@ -353,12 +354,12 @@ def test_cache_of_a_later_chunk():
     later = Captures(
         values, dataclasses.replace(whole.manifest, tokens=tuple(IDS[first:]), positions=tuple(range(first, 21)), tensors=notes)
     )
-    results = {r.key: r for r in verdict.local(later, QWEN2, profile("f32"))}
+    results = {r.key: r for r in local(later, QWEN2, profile("f32"))}
     assert wrong(results) == []
     assert results["k_cache", 0].n == fresh * 48
     assert results["attn_softmax", 0].n == 4 * fresh * 21
     shifted = dataclasses.replace(later.manifest, positions=tuple(range(first + 1, 22)))
-    assert wrong({r.key: r for r in verdict.local(Captures(values, shifted), QWEN2, profile("f32"))})[0] == ("rope_table", None)
+    assert wrong({r.key: r for r in local(Captures(values, shifted), QWEN2, profile("f32"))})[0] == ("rope_table", None)
 
 
 # ---- free comparison -----------------------------------------------------------------------------
@@ -414,7 +415,7 @@ PARTY = {
     "properties": {name: {"type": ["string", "null"]} for name in ("spelling", "profile", "backend", "digest")},
 }
 FIGURES = ("cos_distance", "rel_l2", "norm_ratio", "quantization", "i_max", "z_rms", "z_max", "loss")
-STATES = [verdict.EXACT, verdict.NOISE, verdict.WRONG, verdict.INHERITED, verdict.UNMEASURED, verdict.NOT_COMPARABLE]
+STATES = [EXACT, NOISE, WRONG, INHERITED, UNMEASURED, NOT_COMPARABLE]
 SCHEMA = {
     "type": "object",
     "required": ["schema", "verdict", "finding", "first", "wrong", "compared", "unmeasured", "probes", "tokens", "subject", "reference",
@@ -460,7 +461,7 @@ def decided(
 
 def two_sides(left: Plant | None = None, right: Plant | None = None) -> verdict.Verdict:
     a, b = capture(QWEN2, IDS, "f16", left), capture(QWEN2, IDS, "f32", right)
-    results = [verdict.local(captures, QWEN2, profile(fmt)) for captures, fmt in ((a, "f16"), (b, "f32"))]
+    results = [local(captures, QWEN2, profile(fmt)) for captures, fmt in ((a, "f16"), (b, "f32"))]
     return decided(*results, metrics.compare(a, b))
 
 
@@ -497,8 +498,8 @@ def test_the_reference_can_be_the_wrong_one():
     assert [(fault.side, fault.stage) for fault in made.wrong] == [("reference", "ffn_silu")]
     assert "of the reference (hf:b)" in made.sentence
     row = next(row for row in made.rows if (row.stage, row.layer) == ("ffn_silu", 0))
-    assert row.state == verdict.WRONG
-    assert next(row for row in made.rows if row.stage == "lm_head").state == verdict.INHERITED
+    assert row.state == WRONG
+    assert next(row for row in made.rows if row.stage == "lm_head").state == INHERITED
 
 
 def test_first_is_the_earlier_of_both():
@@ -510,7 +511,7 @@ def test_first_is_the_earlier_of_both():
 
 
 def test_nothing_judged_is_no_agreement():
-    made = decided([StageResult("lm_head", None, verdict.UNMEASURED, "no reason")])
+    made = decided([StageResult("lm_head", None, UNMEASURED, "no reason")])
     assert made.verdict == "not_comparable"
     assert "Nothing was judged" in made.sentence
 
@@ -520,7 +521,7 @@ def test_a_result_says_what_it_could_see():
     assert result.power is not None
     assert result.sees(result.power * 2)
     assert not result.sees(result.power / 2)
-    assert not StageResult("lm_head", None, verdict.UNMEASURED).sees(1.0)
+    assert not StageResult("lm_head", None, UNMEASURED).sees(1.0)
 
 
 # ---- false alarms --------------------------------------------------------------------------------
@@ -534,8 +535,8 @@ def test_false_alarms_of_many_models():
             for arch in tiny.ARCHS:
                 data = model(tiny.Shape(arch, tied=bool(seed % 2)), 100 + seed)
                 ids = np.random.default_rng(seed).integers(0, 112, 5 + 11 * seed)
-                found = verdict.local(capture(data, ids, fmt), data, profile(fmt))
-                assert [(arch, seed, r.key, r.reason) for r in found if r.state == verdict.WRONG] == []
+                found = local(capture(data, ids, fmt), data, profile(fmt))
+                assert [(arch, seed, r.key, r.reason) for r in found if r.state == WRONG] == []
                 elements += sum(r.n for r in found)
                 count += sum(r.measured for r in found)
     assert count == 1488
@@ -550,5 +551,5 @@ def test_groups_are_counted_as_they_are_tested():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_our_own_profile_demands_bits_of_declared_sums(fmt: str):
     """A capture of another arithmetic is not what ``exact`` declares: its sums are off by a rounding, and it says so."""
-    results = {r.key: r for r in verdict.local(capture(QWEN2, IDS, fmt), QWEN2, arithmetic.profile("exact"))}
-    assert results["ffn_up", 0].state == verdict.WRONG
+    results = {r.key: r for r in local(capture(QWEN2, IDS, fmt), QWEN2, arithmetic.profile("exact"))}
+    assert results["ffn_up", 0].state == WRONG

@@ -21,7 +21,7 @@ from conftest import CANARY, blob, write_folder
 from numpy.typing import NDArray
 
 from aprender import _core, weights
-from aprender.judge import cells, weighing
+from aprender.judge import cells, tally, weighing
 
 Array = NDArray[np.float32]
 SMALL = [tiny.Shape(arch, layers=1, tied=tied) for arch in tiny.ARCHS for tied in (False, True)]
@@ -620,7 +620,7 @@ def test_memory_is_that_of_pieces() -> None:
     """Nothing of the size of a tensor is made: both sides are decoded in pieces of rows."""
     import tracemalloc
 
-    rows = 40 * weighing.PIECE // 512
+    rows = 40 * tally.PIECE // 512
     data = np.zeros(rows * 512 * 2, np.uint8)
     tensor, other = cells.Tensor("F16", data, (rows, 512)), cells.Tensor("BF16", data.copy(), (rows, 512))
     tracemalloc.start()
@@ -692,7 +692,8 @@ def q8_0(values: Array) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize(("kind", "encode"), [("APR_Q4", apr_q4), ("Q8_0", q8_0)])
 def test_blocks_that_do_not_fit_the_rows(kind: str, encode: Callable[[Array], NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weighing, "PIECE", 90)  # two rows at once
+    for module in (tally, weighing):
+        monkeypatch.setattr(module, "PIECE", 90)  # two rows at once
     x = np.random.default_rng(0).standard_normal((7, 45)).astype(np.float32)
     data, plain = encode(x), cells.Tensor("F32", x.view(np.uint8).reshape(-1), x.shape)
     found = weighing.compare(plain, cells.Tensor(kind, data.reshape(-1), x.shape))

@@ -13,7 +13,8 @@ from hf_like import model
 
 from aprender import stages
 from aprender.errors import ArgumentError, ConfigError, UnknownName
-from aprender.judge import verdict, witness
+from aprender.judge import witness
+from aprender.judge.local import WRONG, local
 from aprender.judge.witness import ModelData
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 112, 23)]  # 112: the vocabulary of tiny.py
@@ -167,8 +168,8 @@ def test_agrees_with_hugging_face_float32(shape: tiny.Shape, tmp_path: Path):
     apart = {key: np.linalg.norm(out[key] - captures[key]) / np.linalg.norm(out[key]) for key in out}
     assert max(apart.values()) < FLOAT32, max(apart, key=lambda key: apart[key])
     # and its own captured inputs explain every stage that it shows, within the band of its arithmetic
-    results = verdict.local(captures, data, side.profile)
-    assert [r.reason for r in results if r.state == verdict.WRONG] == []
+    results = local(captures, data, side.profile)
+    assert [r.reason for r in results if r.state == WRONG] == []
     assert {r.stage for r in results if not r.measured} <= {"qkv_matmul"}  # fused with its bias
     assert all(r.z_rms is None or r.z_rms < side.profile.band or r.n < 100 for r in results)
 

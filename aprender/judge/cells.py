@@ -5,7 +5,7 @@ Owns how the cells are found, which is by asking the decoder and by no table of 
 value alone belongs to its code and a bit that moves many to a scale.  So the code bits of a block are known, and every block is decoded
 twice more, with all codes at their least and at their greatest.  That gives each value the range and the spacing that *its own stored
 scales* allow.  A format without blocks has few enough codes to decode them all.  Refuses formats that cannot be read.  Called by
-``judge.weighing``.
+``judge.tally`` and ``judge.weighing``.
 
 A cell is half a step to each side, and more only where encoders are known to go further (figures: llama.cpp's own encoders on eight kinds
 of data, normal, heavy-tailed, uniform, shifted, and on trained weights):

@@ -1,7 +1,7 @@
 """Closure: whether the free run of a side differs from the float64 run on its own weights by no more than propagated rounding noise.
 
 Owns the statistic, its limit, and what follows for the states.  Refuses to accuse an operation: what it sees has come from anywhere
-upstream.  It is for what the local test cannot see, a stage that was not measured.  Called by ``bisection``.
+upstream.  It is for what the local test cannot see, a stage that was not measured.  Called by ``judgement``.
 
 With S and R the free values of subject and reference, W_s and W_r the float64 witness run freely on each side's weights,
 
@@ -42,11 +42,12 @@ from aprender.arithmetic import Profile
 from aprender.captures import Captures
 from aprender.judge import budget, witness
 from aprender.judge.budget import Plan
+from aprender.judge.local import EXACT, HEALS, INHERITED, NOISE, NOT_COMPARABLE, StageResult
 from aprender.judge.noise import FUSED
 from aprender.judge.passes import Free, Passes
 from aprender.judge.replay import Replay, Unlike, Unmeasured
 from aprender.judge.rule import Gates, Rule
-from aprender.judge.verdict import EXACT, HEALS, INHERITED, NOISE, NOT_COMPARABLE, Party, StageResult, Verdict
+from aprender.judge.verdict import Party, Verdict
 from aprender.judge.witness import Float, ModelData
 from aprender.stages import Key
 

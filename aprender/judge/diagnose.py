@@ -4,7 +4,7 @@ Owns the rule that confirms a candidate, and the ranking.  The candidates are th
 ``judge.changes`` carries out) and those that look at the captured value first (``judge.fits``).  Refuses shares of explained variance: a
 candidate holds if the very tests that called the stage wrong (``judge.measure`` under the run's gates) find nothing once it is replayed
 under the same roundings, and else the kind is ``unknown`` with the shapes of ``judge.shapes`` and what is nearest.  Called by
-``judge.verdict`` for the first wrong stages of a side.
+``judge.local`` for the first wrong stages of a side.
 
 Where a stage was estimated and not captured, the fault may sit in it: every operation of the judged region is a case.
 """

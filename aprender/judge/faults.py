@@ -2,9 +2,9 @@
 
 Owns the rows: a name for the command line, the stages where the bug can sit, the edits of plan data, weights or values that put it there,
 and the change of the witness's arguments that gives the same wrong stage.  Refuses code that runs: an edit and a change are mappings.
-``sides/own.py`` applies edits without knowing what they mean, and no kernel has a fault in it; ``judge/diagnose.py`` reads changes only.
-So what plants a fault shares nothing with what finds or names it but the row.  Called by ``bisection`` (``--plant``, ``--list-faults``)
-and by the fault matrix.
+``sides/edits.py`` carries edits out without knowing what they mean, and no kernel has a fault in it; ``judge/diagnose.py`` reads changes
+only.  So what plants a fault shares nothing with what finds or names it but the row.  Called by ``bisection`` (``--plant``,
+``--list-faults``) and by the fault matrix.
 
 A site is always the stage where the fault first shows; a fault that touches two stages of a layer has two sites, or names the others in
 ``also``.  On a side that does not show the stage, :func:`first_visible` is where it must show.

@@ -3,7 +3,7 @@
 Owns two recognitions.  A *gauge*: queries and keys of a layer that are rotated some positions further, or whose lanes are in another order,
 both alike, so that their product does not change (:func:`healed`).  A *capture point*: a product that was captured after its bias
 (:func:`after_bias`).  Each is proved by a replay under the gates of the run and by the scores that follow; a difference in one of q and k
-alone, or two that are unlike, proves nothing.  Refuses to call anything wrong.  Called by ``judge.verdict`` after the stages are judged.
+alone, or two that are unlike, proves nothing.  Refuses to call anything wrong.  Called by ``judge.local`` after the stages are judged.
 """
 
 from __future__ import annotations

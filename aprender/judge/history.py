@@ -5,7 +5,7 @@ in every piece; and where a cache changed between the pieces, attention is repla
 that only the cache is accused.  Where a side does not show its cache, ``judge.replay`` makes it from the same history.
 
 Owns which stages must be judged so (:func:`apart`) and the words for what a wrong slot holds instead (:func:`held`).  Refuses to judge by
-itself: that is ``judge.verdict``, which calls it.
+itself: that is ``judge.local``, which calls it.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def infer(captures: Captures, model: ModelData | None, declared: Profile | None 
     Raises
     ------
     NotComparable
-        As for :func:`aprender.judge.verdict.local`.
+        As for :func:`aprender.judge.local.local`.
     """
     among = [row for row in PROFILES.values() if row.validated or row == declared] if rows is None else rows
     fits = [_fit(Replay.of(captures, model, row.with_order(captures.manifest.arithmetic))) for row in among]

@@ -2,7 +2,7 @@
 
 Owns the comparison of hyper-parameters and of weights as values, and the two findings that follow from it.  Refuses to open a file (the
 caller reads it with the plain reference decoder) and to accuse an operation: a side whose every operation is right can still compute with
-the wrong numbers, and then a replay on its own numbers agrees with it.  Called by ``bisection``.
+the wrong numbers, and then a replay on its own numbers agrees with it.  Called by ``judgement``.
 
 What a running engine holds it says itself, in the manifest of its captures (``manifest.HELD``): parameters by name and by where each value
 was met, a module, a node of its graph, a function of its API.  :data:`DUE` says what the file makes of each.

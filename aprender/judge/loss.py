@@ -1,7 +1,7 @@
 """How much information a declared arithmetic loses at a stage, carried out to the letter: emulated against plain float64.
 
 Owns the measure and the limit beyond which it is the finding ``arithmetic_loss``.  Refuses to look at what the side captured: whether the
-arithmetic is carried out is the local test's question, whether it is enough is this one's.  Called by ``judge.verdict`` for every stage.
+arithmetic is carried out is the local test's question, whether it is enough is this one's.  Called by ``judge.local`` for every stage.
 
 The *loss* of a stage is the relative L2 distance of the emulation (every declared rounding made) from float64 with nothing emulated, on the
 same inputs.  Roundings do cost something: each declared rounding, taken as an error of its own within half a step of a format whose

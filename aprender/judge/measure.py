@@ -1,7 +1,7 @@
 """One stage measured: how far the captured value is from its prediction, in what a correct engine leaves.
 
 Owns the statistics (I, z, groups, row factors, bits, non-finite values), the two-stage test, and the power.  Refuses to know which stage it
-is.  Called by ``judge.verdict`` with a captured array, its :class:`~aprender.judge.prediction.Prediction` and the run's gates.
+is.  Called by ``judge.local`` with a captured array, its :class:`~aprender.judge.prediction.Prediction` and the run's gates.
 """
 
 from __future__ import annotations

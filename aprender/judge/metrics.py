@@ -1,7 +1,7 @@
 """How far two arrays are apart, with no opinion: cosine distance, relative L2, norm ratio.
 
 Owns the free comparison: sums in float64, one pass per tensor.  Refuses to judge: errors accumulate along a free run, a cosine is blind
-to a scale, and no number here says who is wrong.  Called by ``judge.verdict``, ``bisection``, ``diff`` and the reports.
+to a scale, and no number here says who is wrong.  Called by ``judge.verdict``, ``judgement``, ``diff`` and the reports.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a free difference of two sides is made of: quantisation, each side's arithmetic, and a bug if there is one.
 
 Owns the decomposition and its line in the report.  Refuses to decide that there is a bug: that is closure's limit.  Called by
-``bisection``.
+``judgement``.
 
 With S and R the free values of subject and reference, W_s and W_r the witness on each side's weights, N_s and N_r the means of the passes
 with rounding noise,

@@ -3,7 +3,7 @@
 Owns the candidates (:data:`ROUNDINGS`), the test that one explains a stage (:func:`explain`) and the rule by which such stages are the
 side's arithmetic and not faults (:func:`undeclared`).  Refuses an explanation that is too wide: a candidate replaces the recipe of the
 stage to the bit, as a real engine rounds, and the very tests that called it wrong must find nothing any more.  (A mere variance of the
-right size explains a wrong scale or plain noise as well; it is no candidate.)  Called by ``judge.verdict`` for wrong stages of which no
+right size explains a wrong scale or plain noise as well; it is no candidate.)  Called by ``judge.local`` for wrong stages of which no
 fault is known.
 """
 

@@ -1,7 +1,7 @@
 """The decision rule: one number, the false-alarm probability of a whole run, and every gate that follows from it.
 
 Owns :class:`Rule` and :class:`Gates`.  Refuses constants that were tuned on an engine: a gate is a tail bound for the number of things that
-are tested.  Called by ``judge.verdict`` (one :class:`Gates` per run) and ``judge.measure`` (which applies them).
+are tested.  Called by ``judge.local`` (one :class:`Gates` per run) and ``judge.measure`` (which applies them).
 
 Four families of tests share alpha equally: single elements (I), whole stages, groups (rows, columns, heads) and row factors.
 

@@ -1,7 +1,7 @@
 """What the residual of a wrong stage looks like: codes that need no hypothesis, each with a number.
 
 Owns the codes: several may hold at once, and a fault that no catalogue knows is described by them.  Refuses to name a cause (that is
-``judge.diagnose``) and to say what is wrong (``judge.verdict``).  Works on the captured value, the replayed one and its variance alone.
+``judge.diagnose``) and to say what is wrong (``judge.local``).  Works on the captured value, the replayed one and its variance alone.
 
 A *line* is a row, a column or a head.  It is right if the rms of its z is no larger than :data:`RIGHT`; a residual that is no larger than
 rounding everywhere (only the interval test sees it) has one code, ``FAINT``.

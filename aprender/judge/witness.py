@@ -3,7 +3,8 @@
 Owns what a stage *means*: one plain NumPy function per operation, and :func:`forward`, which calls them in the order that the published
 model code does.  Refuses to read the tables of the engine: a witness that interprets the plan would share its mistakes.  Everything is
 float64, nothing is rounded to another format, no order of summation is prescribed.  Called by ``judge.noise`` (the definitions, on a
-side's own captured inputs), by ``bisection`` (the forward pass, as the side ``witness``) and by tests against Hugging Face float32.
+side's own captured inputs), by ``judgement`` and ``references`` (the forward pass, there as the side ``witness``) and by tests against
+Hugging Face float32.
 
 Dimensions: T tokens, J keys, D model, H heads, KV key and value heads, h head size, Qd = H*h, Kd = KV*h, F ffn, V vocabulary.  Arrays have
 the token first; attention scores and probabilities are [H, T, J].  Further axes in front are passes side by side, which share the weights.

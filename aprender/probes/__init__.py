@@ -2,7 +2,7 @@
 
 Owns the rows (:data:`PROBES`), what each demands of a side, and how their outcomes and the verdict on the prompt become one verdict.
 Refuses to count a probe that could not run: it is named as not run, with the reason.  A probe judges as everything else is judged (each
-stage on its own inputs, ``judge.verdict``) or compares bits of two runs of the same side; it never compares two engines.  Called by
+stage on its own inputs, ``judge.local``) or compares bits of two runs of the same side; it never compares two engines.  Called by
 ``bisection``.
 
 What a side can do beyond ``capture`` it shows by having the method: ``capture_pieces`` (a sequence in pieces on one cache), ``capture_end``

@@ -16,7 +16,8 @@ import numpy as np
 from aprender.arithmetic import Profile
 from aprender.captures import Array, Captures
 from aprender.judge import metrics
-from aprender.judge.verdict import HEALS, SUBJECT, Fault, Party, Verdict, decide, local
+from aprender.judge.local import HEALS, local
+from aprender.judge.verdict import SUBJECT, Fault, Party, Verdict, decide
 from aprender.judge.witness import ModelData
 from aprender.stages import LOGITS, Key
 

@@ -35,7 +35,7 @@ VARIABLE = "APRENDER_LLAMACPP"
 """Environment variable that names the folder of the libraries."""
 
 RELEASE = "0.5.0"
-"""The release whose structs the worker knows."""
+"""The release whose structs ``llamacpp_native`` knows."""
 
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
 """npm package that holds it."""

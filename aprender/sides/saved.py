@@ -1,7 +1,7 @@
 """A folder of captures as a side: it can be compared and judged, but it cannot run.
 
 Owns the choice of arithmetic for a recording (its manifest names it) and the refusals of a side that is a record: other ids, generation.
-Called by ``sides.open_side`` and ``bisection``.
+Called by ``sides.open_side``, ``asking`` and ``bisection``.
 """
 
 from __future__ import annotations

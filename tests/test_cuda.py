@@ -34,9 +34,11 @@ import tiny
 from conftest import CANARY, PROMPT, blob, write_folder
 from numpy.typing import NDArray
 
-from aprender import _core, bisect, bisection, info, parity, stages
+from aprender import _core, arithmetic, bisect, bisection, info, parity, stages
 from aprender.captures import Captures
 from aprender.errors import ArgumentError, DeviceError, DeviceMemoryError, UnknownName
+from aprender.judge.local import local
+from aprender.judge.witness import ModelData
 from aprender.sides import open_side
 from aprender.sides.own import OwnSide
 
@@ -669,6 +671,26 @@ def test_manifest_names_device_and_path(fake: Fake) -> None:
     assert re.search(r"7 tokens: (\d+) kernels, one by one; 2 times 1 token: a graph of \1 kernels$", note)
     assert side.generate(PROMPT, 8) == open_side(CANARY / "canary.gguf").generate(PROMPT, 8)
     side.close()
+
+
+def test_what_nobody_has_measured_is_judged_by_noise_alone(fake: Fake) -> None:
+    """One float32 step is wrong where every bit is declared, and noise where the row was not measured; 1e-3 is always wrong."""
+    side = open_side(f"cuda:{CANARY / 'canary.gguf'}")
+    made, model = side.capture(PROMPT), ModelData(**side.model_data())
+    for key, relative, states in (
+        (("ffn_up", 1), 2.0**-23, ("wrong", "noise")),
+        (("ffn_up", 1), 1e-3, ("wrong", "wrong")),
+        (("k_cache", 1), 2.0**-23, ("wrong", "wrong")),  # a copy: no arithmetic rounds it
+        (("ffn_up", 1), 0.0, ("exact", "noise")),
+    ):
+        arrays = dict(made)
+        arrays[key] = np.array(made[key])
+        arrays[key][2, 5] *= np.float32(1 + relative)
+        found = []
+        for profile in ("exact", "exact-cuda"):
+            (result,) = (r for r in local(Captures(arrays, made.manifest), model, arithmetic.profile(profile)) if r.key == key)
+            found.append(result.state)
+        assert tuple(found) == states, (key, relative)
 
 
 def test_parity_is_a_command(fake: Fake, plain_canary: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ class Prediction:
         return to_format(self.pre, self.format) if self.expected is None else self.expected
 
     def unproven(self) -> Prediction:
-        """The same for an arithmetic that nobody has measured: nothing is taken as emulated, no bit demanded; variances say what may be left.
+        """The same for an arithmetic that nobody has measured: nothing emulated, no bit demanded; variances say what may be left.
 
         What no operation rounds (a copy) has no variance, and must still be equal.
         """

@@ -139,9 +139,9 @@ def _command_line(args: argparse.Namespace, argv: Sequence[str], prompt: str | N
 
 
 def _list_faults() -> int:
-    from aprender.judge import faults
+    from aprender.judge import planting
 
-    print(faults.listing())
+    print(planting.listing())
     return 0
 
 

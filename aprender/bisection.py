@@ -21,7 +21,7 @@ from aprender.asking import Ask, resolve, tokens_differ
 from aprender.captures import Captures
 from aprender.declared import AUTO
 from aprender.errors import CannotRun
-from aprender.judge import faults
+from aprender.judge import planting
 from aprender.judge.verdict import Fault, Verdict
 from aprender.judgement import Hunt, judge, undecided
 from aprender.references import WitnessSide, recorded
@@ -130,7 +130,7 @@ def open_hunt(
         if not isinstance(right, OwnSide):
             raise CannotRun(f"a fault can be planted in our own engine only, not in {subject}", code="PLANT")
         data = right.model_data()
-        edits = [edit for name in planted for edit in faults.plant(name, data["flags"], data["hparams"]).edits]
+        edits = [edit for name in planted for edit in planting.plant(name, data["flags"], data["hparams"]).edits]
         own: Any = OwnSide(right.path, backend=right.backend, edits=edits, spelling=right.spelling)
     else:
         own = _open(subject, None)

@@ -30,6 +30,7 @@ from aprender.captures import Captures, check_contract, view
 from aprender.errors import NotComparable
 from aprender.judge import faults, local
 from aprender.judge.diagnose import Diagnosis
+from aprender.judge.faultrow import HEALS, REFUSED
 from aprender.judge.local import StageResult
 from aprender.judge.replay import Replay, ancestors, wiring
 from aprender.judge.rule import Rule
@@ -317,9 +318,9 @@ def score(case: Case, judged: Judged) -> dict[str, Any]:
 
 def _control(expect: str, judged: Judged) -> bool:
     """Whether a control came to what it must; one that heals may be called off where it sits, if the logits are right."""
-    if expect == faults.REFUSED:
+    if expect == REFUSED:
         return judged.refused
-    if expect == faults.HEALS:
+    if expect == HEALS:
         return judged.same_logits and not judged.refused and {r.key for r in judged.wrong} <= set(judged.due)
     return not judged.refused and not judged.wrong and judged.same_logits
 

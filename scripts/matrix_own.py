@@ -15,6 +15,7 @@ from matrix_models import MODES, data, gguf, models, prompt, reference, shape, s
 
 from aprender.captures import Captures
 from aprender.judge import faults
+from aprender.judge.faultrow import Edit, FaultRow
 from aprender.sides.own import OwnSide
 from aprender.stages import Key
 
@@ -27,7 +28,7 @@ class Engine:
     def __init__(self, arch: str, fmt: str, mode: str, seed: int, whole: bool) -> None:
         self.arch, self.fmt, self.mode, self.seed, self.whole = arch, fmt, mode, seed, whole
 
-    def capture(self, edits: tuple[faults.Edit, ...] = ()) -> Captures:
+    def capture(self, edits: tuple[Edit, ...] = ()) -> Captures:
         """Run it; an edit that says how the prompt is cut decides that."""
         cut = MODES[self.mode] and not any(edit["target"] == "pieces" for edit in edits)
         more = ({"target": "pieces", "value": MODES[self.mode]},) if cut else ()
@@ -39,17 +40,17 @@ class Engine:
         path = gguf(self.arch, self.fmt, self.seed)
         return Bench(self.capture(), data(path), OwnSide(path).profile, reference(self.arch, self.seed), self.whole)
 
-    def judge(self, row: faults.FaultRow, key: Key) -> Judged:
+    def judge(self, row: FaultRow, key: Key) -> Judged:
         """Plant a row and judge."""
         return self.bench.judge(row.name, key, self.capture(row.edits(*key, shape(self.arch).flags)))
 
-    def case(self, row: faults.FaultRow | None, key: Key | None) -> Case:
+    def case(self, row: FaultRow | None, key: Key | None) -> Case:
         """One cell."""
         judge = (lambda: self.bench.untouched) if row is None or key is None else functools.partial(self.judge, row, key)
         return Case(POPULATION, CLEAN if row is None else row.name, key, self.arch, self.fmt, self.mode, self.seed, judge)
 
 
-def fits(row: faults.FaultRow, key: Key, arch: str, mode: str) -> bool:
+def fits(row: FaultRow, key: Key, arch: str, mode: str) -> bool:
     """Whether a row is run in a mode: one that says how the prompt is cut is, in the mode nearest to that."""
     cut = [int(edit["value"]) for edit in row.edits(*key, shape(arch).flags) if edit["target"] == "pieces"]
     return not cut or mode == ("decode" if cut[0] == 1 else "pieces")

@@ -15,6 +15,7 @@ import numpy as np
 from aprender.judge import faults
 from aprender.judge.changes import Impossible
 from aprender.judge.diagnose import _Search
+from aprender.judge.faultrow import FaultRow
 from aprender.judge.measure import measure
 from aprender.judge.replay import Replay
 from aprender.judge.rule import Gates
@@ -66,7 +67,7 @@ class Forecast:
         made = {row.name: self._predicted(row) for row in faults.ROWS}
         self._bits = {name: bits for name, bits in made.items() if bits is not None}
 
-    def _predicted(self, row: faults.FaultRow) -> Float | None:
+    def _predicted(self, row: FaultRow) -> Float | None:
         """The bits that a row predicts where it shows; None if it cannot sit there."""
         stage, layer = self.site
         if not row.prediction(stage) or not row.possible(self.replay.flags, self.replay.hparams) or (layer or 0) < row.first_layer:

@@ -21,8 +21,9 @@ from aprender.arithmetic import F32
 from aprender.asking import Ask
 from aprender.captures import Captures
 from aprender.errors import NotComparable
-from aprender.judge import faults, witness
-from aprender.judge.faults import AGREE, CONTROLS, FAULTS, HEALS, REFUSED, FaultRow
+from aprender.judge import witness
+from aprender.judge.faultrow import AGREE, HEALS, REFUSED, Change, FaultRow
+from aprender.judge.faults import CONTROLS, FAULTS
 from aprender.judge.local import local
 from aprender.judge.replay import wiring
 from aprender.judge.rounding import variance
@@ -47,7 +48,7 @@ SAME = {"decode-pos-0": "no-rope"}
 class Predicted:
     """One stage as a row's changes make it, from the captured inputs."""
 
-    def __init__(self, captures: Captures, model: witness.ModelData, key: Key, changes: tuple[faults.Change, ...]) -> None:
+    def __init__(self, captures: Captures, model: witness.ModelData, key: Key, changes: tuple[Change, ...]) -> None:
         self.cap, self.model, self.key, self.changes = captures, model, key, changes
         self.row, self.hp = stages.stage(key[0]), dict(model.hparams)
         self.wires = wiring(model.flags, int(self.hp["layers"]))
@@ -55,7 +56,7 @@ class Predicted:
         for change in self.of("hparams"):
             self.hp[change["name"]] = change["value"] if "value" in change else self.hp[change["name"]] * change["factor"]
 
-    def of(self, what: str) -> list[faults.Change]:
+    def of(self, what: str) -> list[Change]:
         return [change for change in self.changes if change["of"] == what]
 
     def read(self, key: Key, which: int) -> Float:
@@ -85,7 +86,7 @@ class Predicted:
                 w = self.changed(w, change, layer)
         return w
 
-    def changed(self, w: Float, change: faults.Change, layer: int | None) -> Float:
+    def changed(self, w: Float, change: Change, layer: int | None) -> Float:
         rows, how = len(w), change["as"]
         if how == "origin":
             name, at = change["origin"], change.get("origin_layer", layer)
@@ -211,7 +212,7 @@ class Predicted:
             return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
         return x / (1 + np.exp(-x * (1.702 if name == "quick-gelu" else 1.0)))
 
-    def output(self, y: Float, change: faults.Change) -> Float:
+    def output(self, y: Float, change: Change) -> Float:
         how, out = change["as"], y.copy()
         if how == "float16":
             return y.astype(np.float16).astype(np.float64)

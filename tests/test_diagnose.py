@@ -21,7 +21,7 @@ from hf_like import FORMATS, capture, model, profile, rounded, run
 
 import aprender
 from aprender import arithmetic
-from aprender.judge import faults, witness
+from aprender.judge import faults, planting, witness
 from aprender.judge.diagnose import UNKNOWN, Diagnosis
 from aprender.judge.fits import FITTED, SEARCHED
 from aprender.judge.local import WRONG, local
@@ -50,7 +50,7 @@ def planted(path: Path, ids: tuple[int, ...], name: str, key: tuple[str, int | N
     """The diagnosis of the first wrong stage with a fault at one site; None if the fault moved no bit."""
     data = OwnSide(path).model_data()
     spelled = key[0] if key[1] is None else f"{key[1]}.{key[0]}"
-    edits = faults.plant(f"{name}@{spelled}", data["flags"], data["hparams"]).edits
+    edits = planting.plant(f"{name}@{spelled}", data["flags"], data["hparams"]).edits
     captures = OwnSide(path, edits=edits).capture(ids)
     found = [r for r in local(captures, witness.ModelData(**data), arithmetic.profile("exact")) if r.state == WRONG]
     assert all(r.key == key for r in found)

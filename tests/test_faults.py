@@ -12,8 +12,10 @@ import tiny
 
 from aprender import _core, stages
 from aprender.errors import ArgumentError, UnknownName
-from aprender.judge import changes, faults
-from aprender.judge.faults import CONTROLS, FAULTS, plant
+from aprender.judge import changes, faults, planting
+from aprender.judge.faultrow import AGREE, HEALS, REFUSED, Change, Edit, FaultRow
+from aprender.judge.faults import CONTROLS, FAULTS
+from aprender.judge.planting import plant
 from aprender.sides.edits import TRANSFORMS, VALUES
 
 QWEN2, LLAMA, QWEN3 = (tiny.Shape(arch) for arch in tiny.ARCHS)
@@ -58,7 +60,7 @@ def test_names():
     assert len(FAULTS) == len(faults.ROWS)
     assert all(row.name == name and row.text and re.fullmatch("[a-z0-9-]+", name) for name, row in ALL.items())
     assert all(bool(row.expect) == (name in CONTROLS) for name, row in ALL.items())
-    assert all(row.expect in {faults.AGREE, faults.REFUSED, faults.HEALS} for row in CONTROLS.values())
+    assert all(row.expect in {AGREE, REFUSED, HEALS} for row in CONTROLS.values())
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES, ids=str)
@@ -73,7 +75,7 @@ def test_every_site_is_a_stage_and_every_edit_is_plain_data(name: str, shape: ti
             check_edit(edit, key)
 
 
-def check_edit(edit: faults.Edit, key: stages.Key):
+def check_edit(edit: Edit, key: stages.Key):
     json.dumps(edit)
     assert edit["layer"] == key[1]
     kind = edit["target"]
@@ -103,7 +105,7 @@ def test_every_site_of_a_fault_has_its_prediction(name: str):
 
 
 @pytest.mark.parametrize("row", [*faults.ROWS, *faults.SUSPECT_ROWS], ids=lambda row: row.name)
-def test_every_change_is_plain_data_that_is_carried_out(row: faults.FaultRow):
+def test_every_change_is_plain_data_that_is_carried_out(row: FaultRow):
     """Of stages that exist, with an interpreter of every part; and no way of recognizing a fault is listed twice."""
     assert set(row.changes) | set(row.variants)
     for stage in {*row.changes, *row.variants}:
@@ -119,7 +121,7 @@ def test_every_change_is_plain_data_that_is_carried_out(row: faults.FaultRow):
             check_change(change)
 
 
-def check_change(change: faults.Change):
+def check_change(change: Change):
     how = change.get("as")
     if change["of"] == "weights":
         assert how in {*changes.TRANSFORMS, "origin", "pairs", "halves"}
@@ -142,11 +144,11 @@ def test_what_is_only_suspected_cannot_be_planted():
 def test_where_it_must_show_on_a_side_that_hides_the_stage():
     keys = stages.keys(QWEN2.flags, QWEN2.layers)
     hidden = [key for key in keys if key[0] not in ("rope_table", "attn_scores", "attn_softmax")]
-    where = lambda key: faults.first_visible(key, hidden, QWEN2.flags, QWEN2.layers)  # noqa: E731
+    where = lambda key: planting.first_visible(key, hidden, QWEN2.flags, QWEN2.layers)  # noqa: E731
     assert where(("rope_table", None)) == ("attn_norm", 0)
     assert where(("attn_scores", 1)) == ("attention", 1)
     assert where(("ffn_up", 0)) == ("ffn_up", 0)
-    assert faults.first_visible(("lm_head", None), keys[:-1], QWEN2.flags, QWEN2.layers) is None
+    assert planting.first_visible(("lm_head", None), keys[:-1], QWEN2.flags, QWEN2.layers) is None
 
 
 @pytest.mark.parametrize(
@@ -236,14 +238,16 @@ def test_plant_refuses_with_a_hint():
 
 
 def test_listing_names_all():
-    text = faults.listing()
+    text = planting.listing()
     assert all(f"{name} " in text for name in ALL)
     assert "no place in this model" not in text
-    assert "no place in this model" in faults.listing(LLAMA.flags, LLAMA.hparams)
+    assert "no place in this model" in planting.listing(LLAMA.flags, LLAMA.hparams)
 
 
 def test_the_witness_knows_no_fault_and_no_fault_runs_code():
     judge = Path(faults.__file__).parent
-    assert "faults" not in (judge / "witness.py").read_text()
-    modules = {node.module for node in ast.walk(ast.parse((judge / "faults.py").read_text())) if isinstance(node, ast.ImportFrom)}
-    assert not {m for m in modules if m and ("sides" in m or "noise" in m)}
+    witness = (judge / "witness.py").read_text()
+    for name in ("faults", "faultrow", "planting"):
+        assert name not in witness
+        modules = {node.module for node in ast.walk(ast.parse((judge / f"{name}.py").read_text())) if isinstance(node, ast.ImportFrom)}
+        assert not {m for m in modules if m and ("sides" in m or "noise" in m)}

@@ -24,7 +24,8 @@ import tiny
 from aprender.captures import Captures
 from aprender.judge import witness
 from aprender.judge.diagnose import Diagnosis
-from aprender.judge.faults import AGREE, FAULTS, HEALS, REFUSED
+from aprender.judge.faultrow import AGREE, HEALS, REFUSED
+from aprender.judge.faults import FAULTS
 from aprender.judge.local import StageResult
 from aprender.judge.witness import ModelData
 from aprender.sides.own import OwnSide

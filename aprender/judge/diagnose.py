@@ -25,7 +25,8 @@ from aprender import _core, stages
 from aprender.judge import fused
 from aprender.judge.case import Case, collect
 from aprender.judge.changes import Impossible, changed
-from aprender.judge.faults import ROWS, SUSPECT_ROWS, Change
+from aprender.judge.faultrow import Change
+from aprender.judge.faults import ROWS, SUSPECT_ROWS
 from aprender.judge.fits import FITTED, FLOOR, SEARCHED, UNSCALED, Parameter, free_scale, noise_of, unsure, written
 from aprender.judge.measure import Measure, measure
 from aprender.judge.prediction import Prediction

@@ -19,7 +19,7 @@ import numpy as np
 from aprender import stages
 from aprender.judge.case import Case, collect
 from aprender.judge.changes import changed
-from aprender.judge.faults import Change
+from aprender.judge.faultrow import Change
 from aprender.judge.fits import found_positions
 from aprender.judge.measure import measure
 from aprender.judge.replay import Recipe, Replay, Unlike, Unmeasured

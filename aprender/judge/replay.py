@@ -2,7 +2,7 @@
 
 Owns the wiring (the wires of ``stages.def`` walked once, as the planner does), the choice between a captured input and an estimated one,
 and the reasons why a stage cannot be judged.  Refuses to read a value that the side recomputed (*derived*): a derived input is estimated
-from what is before it, and the judged region spans it.  Called by ``judge.verdict``.
+from what is before it, and the judged region spans it.  Called by ``judge.local``.
 """
 
 from __future__ import annotations

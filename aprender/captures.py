@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -439,9 +440,9 @@ class Lazy(Mapping[Key, Array]):
             found = self._live[key] = _frozen(self._read(key))
         return found
 
+    @abstractmethod
     def _read(self, key: Key) -> Array:
         """One tensor from its file, checked."""
-        raise NotImplementedError
 
 
 class _Folder(Lazy):
